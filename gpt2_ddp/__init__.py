@@ -1,0 +1,1 @@
+"""Train GPT-2 with torchrun and DistributedDataParallel."""

@@ -1,0 +1,167 @@
+"""One rank's view of the run: who it is, where it computes, and what it says to the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+START_TIMEOUT = timedelta(minutes=30)
+"""Until the first step is done: compilers, cold file systems and slow nodes take their time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistContext:
+    """One process of the run. With `world_size` 1 every collective is a no-op and no process group exists."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, replaced in place by its sum over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. Travels between CPUs, so the GPU is not waited for."""
+        return self.max(int(flag)) > 0
+
+    def max(self, number: int) -> int:
+        """The largest `number` of all ranks, by way of the CPUs."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def broadcast_tensor(self, tensor: Tensor) -> Tensor:
+        """`tensor`, on the context's device or the CPU, overwritten in place by rank 0's."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise where any rank has an `error`, on every rank, so that none is left waiting for one that ended.
+
+        Raises:
+            ValueError: with the message of the first rank that has one; on that rank, its own error.
+        """
+        told = self.gather(f"{error}" if error else None)
+        if error:
+            raise error
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise ValueError(f"rank {rank}: {message}")
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` as DDP trains it; itself in a single process. `model` must be on the context's device."""
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+    def shorten_timeouts(self, seconds: float) -> None:
+        """From now on, a collective that takes longer than `seconds` fails: a rank that died is noticed soon."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
+    """The context of one micro-step, forward *and* backward: gradients are reduced over the ranks only if `sync`."""
+    if sync or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of one rank for `--device {auto,cuda,cpu,mps}`.
+
+    Raises:
+        ValueError: where the device is not there, or the node runs more ranks than it has GPUs.
+    """
+    if requested == "auto":
+        alone = local_world_size == 1
+        requested = (
+            "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+        )
+    if requested == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            raise ValueError("--device cuda, but no CUDA GPU is visible: use --device cpu, or mend the driver")
+        if local_world_size > gpus:
+            raise ValueError(
+                f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
+                f"start {gpus} with --nproc_per_node={gpus}"
+            )
+        return torch.device("cuda", local_rank)
+    if requested == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps, but this machine has no Metal GPU: use --device cpu")
+    return torch.device(requested)
+
+
+@contextmanager
+def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
+    """The `DistContext` of this process: from torchrun's environment, or of a single process where there is none.
+
+    NCCL carries what lies on a GPU, gloo what lies in main memory. The group is always destroyed.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = choose_device(requested_device, local_rank=local_rank, local_world_size=local_world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    context = DistContext(
+        rank=int(os.environ.get("RANK", "0")),
+        local_rank=local_rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=device,
+    )
+    if world_size == 1:
+        yield context
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=START_TIMEOUT, device_id=bound)
+    try:
+        yield context
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,169 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners") as published.
+
+Pre-norm blocks, tanh GELU, biases everywhere, learned positions, and an output head tied to the token embedding.
+Parameters carry the names of the original release: `wte`, `wpe`, `h.0.attn.c_attn`, `ln_f`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a GPT-2.
+
+    `vocab_size` is GPT-2's 50257 padded to the next multiple of 128, which matrix kernels like; ids from 50257 on
+    stand for nothing and are never sampled.
+    """
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations that training spends on one token, forward and backward, matmuls only.
+
+        A matmul with P weights costs 2P forward and 4P backward; attention's two products cost 4 T C forward and
+        twice that backward, counted in full although half of them is masked (Chowdhery et al. 2022, PaLM, app. B).
+        """
+        weights = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
+        return 6 * weights + 12 * self.n_layer * self.n_embd * sequence_length
+
+
+SIZES = {
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+    "gpt2-mini": GPTConfig(n_layer=6, n_head=6, n_embd=384),
+    "gpt2-nano": GPTConfig(n_layer=2, n_head=2, n_embd=64),
+}
+"""The four published shapes (table 2 of the paper) and two small ones for a laptop."""
+
+
+def model_config(name: str, *, dropout: float = 0.0) -> GPTConfig:
+    """The shape called `name`.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
+    return replace(SIZES[name], dropout=dropout)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        heads = self.c_attn(x).view(batch, length, 3, self.n_head, width // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head width)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
+        return F.dropout(y, dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """The language model; its weights are undefined until `init_weights` or a load."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # PyTorch's own initialisation would be thrown away
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+            self.ln_f = nn.LayerNorm(config.n_embd)
+        self.to_empty(device="cpu")
+
+    def init_weights(self, seed: int) -> GPT:
+        """Draw the weights that training starts from, the same on every machine and rank.
+
+        N(0, 0.02) for matrices and `wte`, N(0, 0.01) for `wpe`, zero biases, and the projections that write to the
+        residual stream scaled by 1/sqrt(2 n_layer) (GPT-2 paper, section 2.3; deviations from the released code).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif ".ln_" in f".{name}":
+                    parameter.fill_(1.0)
+                else:
+                    std = {"wpe.weight": 0.01}.get(name, residual_std if name.endswith("c_proj.weight") else 0.02)
+                    parameter.normal_(0.0, std, generator=generator)
+        return self
+
+    def features(self, ids: Tensor) -> Tensor:
+        """What the head reads: ids (B, T) int64 -> (B, T, n_embd), after the last norm.
+
+        Raises:
+            ValueError: where T is more than `block_size`.
+        """
+        length = ids.shape[1]
+        if length > self.config.block_size:
+            raise ValueError(f"{length} tokens are more than the model's block_size {self.config.block_size}")
+        positions = self.wpe(torch.arange(length, device=ids.device))
+        x = F.dropout(self.wte(ids) + positions, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        return x
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., n_embd) -> (..., vocab_size), through the tied head."""
+        return F.linear(features, self.wte.weight)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) of ids (B, T) or, with targets (B, T), the mean loss in nats, a float32 scalar."""
+        logits = self.logits(self.features(ids))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

@@ -1,0 +1,102 @@
+"""Which number formats a run computes in, decided from what the hardware can do."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "T4": {"float16": 65e12, "float32": 8.1e12},
+    "V100": {"float16": 125e12, "float32": 15.7e12},
+    "A10G": {"bfloat16": 70e12, "float16": 70e12},
+    "L4": {"bfloat16": 121e12, "float16": 121e12},
+    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
+    "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
+    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
+}
+"""Dense peak FLOP/s by a part of the device's name, from NVIDIA's data sheets; float32 is TF32 where there is TF32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a device is, as far as precision asks.
+
+    `capability` is CUDA's compute capability; `cpu_bf16` whether the CPU multiplies bfloat16 (AVX512-BF16 or AMX).
+    """
+
+    device_type: str
+    name: str = ""
+    capability: tuple[int, int] | None = None
+    cpu_bf16: bool = False
+
+
+def found_hardware(device: torch.device) -> Hardware:
+    """The `Hardware` of `device`."""
+    if device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return Hardware(device_type="cuda", name=name, capability=capability)
+    if device.type == "cpu":
+        return Hardware(device_type="cpu", name="CPU", cpu_bf16=_cpu_has_bf16())
+    return Hardware(device_type=device.type)
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # public from torch 2.13 on
+    if capabilities is not None:
+        found = capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    return any(bool(getattr(torch.cpu, f"_is_{part}_supported", bool)()) for part in ("avx512_bf16", "amx_tile"))
+
+
+def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str | None]:
+    """The dtype that matmuls run in for `--dtype {auto,bfloat16,float16,float32}`, and a warning or None.
+
+    `auto` asks the compute capability: `torch.cuda.is_bf16_supported()` also counts emulation, which crawls on a T4.
+    """
+    native_bf16 = hardware.cpu_bf16 or (hardware.capability or (0, 0)) >= (8, 0)
+    tensor_cores = hardware.capability is not None and hardware.capability >= (7, 0)
+    if requested == "auto":
+        return torch.bfloat16 if native_bf16 else torch.float16 if tensor_cores else torch.float32, None
+    if requested == "bfloat16" and not native_bf16 and hardware.device_type in ("cuda", "cpu"):
+        faster = "float16" if tensor_cores else "float32"
+        where = hardware.name or hardware.device_type
+        return torch.bfloat16, f"{where} only emulates bfloat16; --dtype {faster} is faster here"
+    return DTYPES[requested], None
+
+
+def peak_flops(hardware: Hardware, dtype: torch.dtype) -> float | None:
+    """The device's dense peak in FLOP/s at `dtype`, None where the table does not know it."""
+    for part, peaks in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
+        if all(word in hardware.name.replace("-", " ").split() for word in part.split()):
+            return peaks.get(str(dtype).removeprefix("torch."))
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """The dtype policy of a run: float32 weights, matmuls in `dtype`, and a scaler that is a no-op but for float16."""
+
+    dtype: torch.dtype
+    device_type: str
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: torch.device) -> Precision:
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        return cls(dtype=dtype, device_type=device.type, scaler=scaler)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of forward passes, in training and evaluation alike."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+
+def allow_tf32() -> None:
+    """Let float32 matmuls use TF32, as every trainer of the field does on Ampere and later."""
+    torch.set_float32_matmul_precision("high")
