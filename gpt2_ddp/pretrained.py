@@ -265,6 +265,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(PUBLISHED[name], allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # each version of the library and of its HTTP client has its own classes
         raise ValueError(
-            f"cannot download {PUBLISHED[name]} ({type(error).__name__}; is there a network?): give a directory instead "
+            f"cannot download {PUBLISHED[name]} ({type(error).__name__}; is there a network?): give a folder instead "
             "that has config.json and model.safetensors"
         ) from None
