@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -69,24 +69,40 @@ class DistContext:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def broadcast_tensor(self, tensor: Tensor) -> Tensor:
-        """`tensor`, on the context's device or the CPU, overwritten in place by rank 0's."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise where any rank has an `error`, on every rank, so that none is left waiting for one that ended.
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns here; where it fails on any rank it fails on all, so that none is left waiting.
 
         Raises:
-            ValueError: with the message of the first rank that has one; on that rank, its own error.
+            ValueError: the rank's own error (or `OSError`), or else the message of the first rank that has one.
         """
-        told = self.gather(f"{error}" if error else None)
+        value, error = None, None
+        try:
+            value = make()
+        except (ValueError, OSError) as caught:
+            error = caught
+        told = self.gather(str(error) if error else None)
         if error:
             raise error
         for rank, message in enumerate(told):
             if message is not None:
                 raise ValueError(f"rank {rank}: {message}")
+        return cast(T, value)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; it runs there alone, and its error is everybody's."""
+        return self.broadcast(self.together(lambda: make() if self.is_main else cast(T, None)))
+
+    def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Rank 0's named `tensors` on every rank, on the CPU; one at a time, so that memory holds no second set."""
+        if self.world_size == 1:
+            return tensors or {}
+        shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = tensors[name].cpu() if tensors else torch.empty(shape, dtype=dtype)
+            dist.broadcast(tensor, src=0)
+            received[name] = tensor
+        return received
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` as DDP trains it; itself in a single process. `model` must be on the context's device."""

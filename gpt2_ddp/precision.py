@@ -69,6 +69,13 @@ def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str |
     return DTYPES[requested], None
 
 
+def choose_compile(requested: str, hardware: Hardware) -> bool:
+    """Whether to compile the training step for `--compile {auto,on,off}`; auto does on the GPUs that Triton knows."""
+    if requested == "auto":
+        return (hardware.capability or (0, 0)) >= (7, 0)
+    return requested == "on"
+
+
 def peak_flops(hardware: Hardware, dtype: torch.dtype) -> float | None:
     """The device's dense peak in FLOP/s at `dtype`, None where the table does not know it."""
     for part, peaks in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):

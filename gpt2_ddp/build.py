@@ -1,0 +1,248 @@
+"""The parts of a run, put together: from a `TrainConfig` to a `Run` at the step where training goes on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gpt2_ddp import checkpoint, optim, pretrained, resume
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.hellaswag import Example, read_examples
+from gpt2_ddp.metrics import FileLog, NullLog, RunLog, replace_file, warn
+from gpt2_ddp.model import GPT, model_config
+from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_compile, choose_dtype, found_hardware
+from gpt2_ddp.resume import Resume, TrainState
+from gpt2_ddp.shards import find_shards, fingerprint
+from gpt2_ddp.stopping import StopRequest
+from gpt2_ddp.tokenizer import tokenizer_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The data of a run, checked. `fingerprint` tells the training tokens from any others."""
+
+    train: Windows
+    validation: ValidationData | None
+    hellaswag: tuple[Example, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the loop works with. `model` is the raw module; `train_model` is compiled and wrapped by DDP."""
+
+    config: TrainConfig
+    context: DistContext
+    hardware: Hardware
+    precision: Precision
+    plan: BatchPlan
+    model: GPT
+    train_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    skips: optim.SkipCount
+    data: TrainData
+    sources: Sources
+    log: RunLog
+    writer: checkpoint.CheckpointWriter
+    stop: StopRequest
+    state: TrainState
+    tokenizer: dict[str, bytes]
+
+    def close(self) -> None:
+        """End the threads and files of the run; a save in flight is finished first."""
+        self.data.close()
+        self.writer.close()
+        self.log.close()
+
+
+def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> Run:
+    """Check everything that a user can have got wrong, then build the run; collective over the ranks.
+
+    Raises:
+        ValueError: for the user's mistakes, with the same outcome on every rank.
+    """
+    plan = context.together(lambda: plan_batches(config, context.world_size))
+    sources = context.together(lambda: open_sources(config, plan))
+    require_same_data(context, sources.fingerprint)
+    found = context.from_main(lambda: resume.find_resume(config, sources.fingerprint))
+    hardware = found_hardware(context.device)
+    dtype, warning = choose_dtype(config.dtype, hardware)
+    precision = Precision.of(dtype, context.device)
+    allow_tf32()
+    model, optimizer = start_model(config, context, found)
+    state = resume.restore(found, context, model, optimizer, precision.scaler)
+    train_model = trainable(model, precision, plan, context, compiled=choose_compile(config.compile, hardware))
+    log = context.together(lambda: open_log(config, context, state.step))
+    for line in [*found.said, *([warning] if warning else [])]:
+        log.say(line)
+    data = TrainData(
+        sources.train,
+        plan,
+        rank=context.rank,
+        seed=config.seed,
+        pin_memory=context.device.type == "cuda",
+        first_step=state.step + 1,
+    )
+    writer = checkpoint.CheckpointWriter(
+        config.out_dir / "checkpoints", keep=config.keep_checkpoints, enabled=context.is_main
+    )
+    return Run(
+        config=config,
+        context=context,
+        hardware=hardware,
+        precision=precision,
+        plan=plan,
+        model=model,
+        train_model=train_model,
+        optimizer=optimizer,
+        skips=optim.SkipCount(found.state.get("skipped", 0), context.device),
+        data=data,
+        sources=sources,
+        log=log,
+        writer=writer,
+        stop=stop,
+        state=state,
+        tokenizer=tokenizer_files(),
+    )
+
+
+def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
+    """The `BatchPlan` of `config` on `world_size` ranks."""
+    return BatchPlan(
+        micro_batch_size=config.micro_batch_size,
+        sequence_length=config.sequence_length,
+        total_batch_size=config.total_batch_size,
+        world_size=world_size,
+    )
+
+
+def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
+    """Find and check the training, validation and HellaSwag data that the configuration asks for.
+
+    Raises:
+        ValueError: for what is missing, broken or too little.
+    """
+    train_shards = find_shards(config.data_dir, "train")
+    train = Windows(train_shards, config.sequence_length)
+    require_one_step(train, plan)
+    validation = None
+    if config.val_every:
+        windows = Windows(find_shards(config.data_dir, "val"), config.sequence_length)
+        if not len(windows):
+            raise ValueError(
+                f"the validation shards in {config.data_dir} hold no window of {config.sequence_length} tokens: "
+                "prepare more, or switch validation off with --val-every 0"
+            )
+        validation = ValidationData(
+            windows=windows, val_tokens=config.val_tokens, micro_batch_size=config.micro_batch_size
+        )
+    hellaswag = tuple(read_examples(config.hellaswag_data)) if config.hellaswag_every else ()
+    return Sources(train=train, validation=validation, hellaswag=hellaswag, fingerprint=fingerprint(train_shards))
+
+
+def require_same_data(context: DistContext, mine: str) -> None:
+    """
+    Raises:
+        ValueError: where a rank reads other training data than rank 0, naming it and its host.
+    """
+    told = context.gather((mine, socket.gethostname()))
+    for rank, (found, host) in enumerate(told):
+        if found != told[0][0]:
+            raise ValueError(
+                f"the training data of rank {rank} on {host} differs from that of rank 0 on {told[0][1]}: "
+                "copy the same --data-dir to every node"
+            )
+
+
+def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:
+    """The raw model with the weights to begin with, the same on every rank, and an optimizer over it."""
+    model = context.together(lambda: start_weights(config, found, is_main=context.is_main))
+    model.load_state_dict(context.broadcast_tensors(dict(model.state_dict()) if context.is_main else None))
+    model.to(context.device)
+    betas = (config.beta1, config.beta2)
+    return model, optim.make_optimizer(model, weight_decay=config.weight_decay, betas=betas, device=context.device)
+
+
+def start_weights(config: TrainConfig, found: Resume, *, is_main: bool) -> GPT:
+    """The model with its first weights on rank 0; elsewhere one of the same shape whose weights are undefined."""
+    model = GPT(model_config(config.model, dropout=config.dropout))
+    if not is_main:
+        return model
+    if found.path is None and config.init_from is None:
+        return model.init_weights(config.seed)
+    source = found.path or pretrained.find_model(str(config.init_from))
+    loaded = pretrained.load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
+    if loaded.config != model.config:
+        raise ValueError(f"{source} is no {config.model}: it has {loaded.config}")
+    return loaded
+
+
+def trainable(model: GPT, precision: Precision, plan: BatchPlan, context: DistContext, *, compiled: bool) -> nn.Module:
+    """`model` compiled where that works and wrapped by DDP, warmed up by backward passes that leave nothing behind.
+
+    DDP orders its buckets anew after the first backward of a process. Were that a step of training, a resumed
+    process would add the gradients of its first step in another order than the uninterrupted one did.
+    """
+    ids = torch.zeros(plan.micro_batch_size, plan.sequence_length, dtype=torch.int64, device=context.device)
+
+    def warm_up(module: nn.Module) -> None:
+        with precision.autocast():
+            loss = module(ids, ids)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    train_model: nn.Module = model
+    if compiled:
+        reason = None
+        try:
+            train_model = torch.compile(model)  # type: ignore[assignment]
+            warm_up(train_model)
+        except Exception as error:  # a compiler fails in more ways than can be listed
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if context.any(reason is not None):
+            train_model = model
+            if reason:
+                warn(f"torch.compile failed ({reason}): training without it")
+    wrapped = context.wrap(train_model)
+    if wrapped is not train_model:
+        warm_up(wrapped)
+        warm_up(wrapped)  # the buckets are ordered anew when the second pass begins
+    return wrapped
+
+
+def open_log(config: TrainConfig, context: DistContext, step: int) -> RunLog:
+    """The run's log on rank 0, a silent one elsewhere."""
+    if not context.is_main:
+        return NullLog()
+    return FileLog(config.out_dir, resumed_step=step, tensorboard=config.tensorboard)
+
+
+def note_start(run: Run) -> None:
+    """Write config.json on rank 0: the configuration, the data, and the versions and hardware of each start."""
+    if not run.context.is_main:
+        return
+    file = run.config.out_dir / "config.json"
+    starts = checkpoint.read_json(file).get("starts", []) if file.exists() else []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": run.state.step,
+        "argv": sys.argv,
+        "host": socket.gethostname(),
+        "world_size": run.context.world_size,
+        "device": str(run.context.device),
+        "device_name": run.hardware.name,
+        "dtype": str(run.precision.dtype),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    values = {"config": run.config.to_json(), "data_fingerprint": run.sources.fingerprint, "starts": [*starts, start]}
+    replace_file(file, json.dumps(values, indent=2) + "\n")

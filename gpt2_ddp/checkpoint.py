@@ -1,0 +1,296 @@
+"""Checkpoints that are whole or not there: written aside, hashed, flushed, renamed; verified before they are used.
+
+This module knows files, not models: a checkpoint is a mapping of file names to JSON values, bytes or named tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+Content = bytes | Mapping[str, Any] | Mapping[str, Tensor]
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """How a save went: `seconds` from start to rename, `blocked_seconds` that training waited, bytes on disk."""
+
+    step: int
+    seconds: float
+    blocked_seconds: float
+    bytes: int
+    error: str | None = None
+
+
+class CheckpointWriter:
+    """Saves in the background, on rank 0 only; every rank calls it alike.
+
+    A save first copies every tensor, so training may go on at once; what went wrong is told by `reports`.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, enabled: bool) -> None:
+        self.directory = directory
+        self.keep = keep
+        self.enabled = enabled
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saves: list[Future[SaveReport]] = []
+
+    def save(self, step: int, files: Callable[[], Mapping[str, Content]]) -> None:
+        """Start to save what `files` gives as the checkpoint of `step`, after the save before it has ended."""
+        if not self.enabled:
+            return
+        start = time.perf_counter()
+        for earlier in self._saves:
+            earlier.exception()
+        snapshot = {name: _copy(content) for name, content in files().items()}
+        blocked = time.perf_counter() - start
+        self._saves.append(self._thread.submit(self._write, step, snapshot, blocked))
+
+    def _write(self, step: int, files: Mapping[str, Content], blocked: float) -> SaveReport:
+        start = time.perf_counter()
+        try:
+            size = write_checkpoint(self.directory / step_name(step), files)
+            if self.keep:
+                prune(self.directory, self.keep)
+        except OSError as error:
+            seconds = time.perf_counter() - start
+            return SaveReport(step=step, seconds=seconds, blocked_seconds=blocked, bytes=0, error=str(error))
+        return SaveReport(step=step, seconds=time.perf_counter() - start, blocked_seconds=blocked, bytes=size)
+
+    def reports(self, *, wait: bool = False) -> list[SaveReport]:
+        """The saves that ended since the last call; with `wait` all that were started."""
+        ended = [save for save in self._saves if wait or save.done()]
+        self._saves = [save for save in self._saves if save not in ended]
+        return [save.result() for save in ended]
+
+    def close(self) -> None:
+        """Wait for a save in flight: it is finished, not torn."""
+        self._thread.shutdown(wait=True)
+
+
+def _copy(content: Content) -> Content:
+    if isinstance(content, bytes):
+        return content
+    return {
+        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for key, value in content.items()
+    }
+
+
+def step_name(step: int) -> str:
+    """The name of the checkpoint of `step`."""
+    return f"step_{step:08d}"
+
+
+def write_checkpoint(path: Path, files: Mapping[str, Content]) -> int:
+    """Write the checkpoint `path` and return its size in bytes; it appears under that name only when it is whole.
+
+    Raises:
+        OSError: where the disk refuses; what was written aside is taken away again.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        entries = {name: _write_file(aside / name, content) for name, content in files.items()}
+        manifest = {"version": MANIFEST_VERSION, "files": entries}
+        _write_file(aside / MANIFEST, manifest)
+        _flush_directory(aside)
+        aside.rename(path)
+        _flush_directory(path.parent)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return sum(entry["size"] for entry in entries.values())
+
+
+def _write_file(path: Path, content: Content) -> dict[str, Any]:
+    """Write one file, flush it to the disk, and return its manifest entry."""
+    with open(path, "wb") as file:
+        writer = _HashingWriter(file)
+        if isinstance(content, bytes):
+            writer.write(content)
+        elif path.suffix == ".safetensors":
+            _write_safetensors(writer, content)
+        else:
+            writer.write(json.dumps(content, indent=2).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
+
+
+class _HashingWriter:
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+
+
+def _write_safetensors(writer: _HashingWriter, tensors: Mapping[str, Any]) -> None:
+    """The safetensors format, streamed: the library's own `save` would hold a second copy of all the tensors.
+
+    Eight bytes little-endian with the length of a JSON header, the header, the tensors' bytes without gaps
+    (safetensors README, "Format").
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    writer.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        writer.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with the checkpoint `path`, one phrase a fault; empty where every byte is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        version = manifest["version"]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
+    if version != MANIFEST_VERSION or not entries:
+        return [f"{MANIFEST} has version {version!r} and {len(entries)} files"]
+    found = []
+    for name, (size, sha256) in entries.items():
+        file = path / name
+        if name in ("", ".", "..") or Path(name).name != name or file.is_symlink():
+            found.append(f"{name!r} is no file of the checkpoint")
+        elif not file.is_file():
+            found.append(f"{name} is missing")
+        elif file.stat().st_size != size:
+            found.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        elif _sha256(file) != sha256:
+            found.append(f"{name} does not have the SHA-256 it was written with")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, newest first, whatever their state; what was set aside is not among them."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, or None where there is none at all, and what was found broken.
+
+    Broken ones that are newer are set aside under a name that says so.
+
+    Raises:
+        ValueError: where there are checkpoints and all are broken; none of them is touched.
+    """
+    broken: list[tuple[Path, str]] = []
+    for path in checkpoints(directory):
+        problems = faults(path)
+        if not problems:
+            said = [f"{bad} is broken ({what}); set aside as {set_aside(bad, 'broken').name}" for bad, what in broken]
+            return path, said
+        broken.append((path, ", ".join(problems)))
+    if broken:
+        listed = "; ".join(f"{path.name}: {what}" for path, what in broken)
+        raise ValueError(f"every checkpoint in {directory} is broken ({listed}): restore one, or use another --out-dir")
+    return None, []
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint so that no run takes it up again, and return its new name."""
+    target, number = path.with_name(f"{path.name}.{why}"), 2
+    while target.exists():
+        target, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1
+    return path.rename(target)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Keep the `keep` newest good checkpoints. A broken one never counts, and goes with those that are too old."""
+    good: list[Path] = []
+    for path in checkpoints(directory):
+        if len(good) == keep:
+            shutil.rmtree(path)
+        elif faults(path):
+            set_aside(path, "broken")
+        else:
+            good.append(path)
+    if len(good) == keep:
+        for path in directory.glob("step_*.*"):
+            step = path.name[5:].split(".")[0]
+            if step.isdecimal() and int(step) < int(good[-1].name[5:]):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: where the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: where it is not one.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None

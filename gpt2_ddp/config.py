@@ -1,0 +1,147 @@
+"""`TrainConfig`: every choice of a training run, and its command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gpt2_ddp.model import SIZES, model_config
+
+FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size")
+"""What must not change within a run, beside the data itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a GPT-2. The same command runs on one process or, under torchrun, on many."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "gpt2"
+    """Size of the model: 124M, 350M, 774M and 1558M parameters, and two small ones."""
+    init_from: str | None = None
+    """Start from these weights: a run, a checkpoint, a Hugging Face GPT-2 directory, or a published GPT-2's name."""
+    data_dir: Path = Path("data/demo")
+    """Folder of token shards, as `python -m data_prep` makes it."""
+    out_dir: Path = Path("runs/gpt2")
+    """The run directory: checkpoints, metrics and status."""
+    seed: int = 1337
+    """Decides the initial weights, the order of the data and the dropout masks."""
+    dropout: float = 0.0
+    """Probability of dropping an activation."""
+
+    sequence_length: int = 1024
+    """Tokens in a training sequence."""
+    micro_batch_size: int = 4
+    """Sequences that one rank computes at once."""
+    total_batch_size: int = 32768
+    """Tokens in a step, over all ranks and micro-steps."""
+    max_steps: int = 19073
+    """Steps in the whole run."""
+    warmup_steps: int = 715
+    """Steps over which the learning rate rises linearly."""
+    max_lr: float = 6e-4
+    """Learning rate after the warm-up."""
+    min_lr: float | None = None
+    """Learning rate that the cosine ends at; a tenth of --max-lr if not given."""
+
+    optimizer: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings; norms and biases have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of their squares."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of matmuls; auto takes bfloat16 where the hardware has it, float16 on older tensor cores."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step with torch.compile; auto does where it pays."""
+
+    log_every: int = 1
+    """Steps between two lines of the log. A logged step waits for the device."""
+    val_every: int = 250
+    """Steps between two validations; 0 is never."""
+    val_tokens: int = 1048576
+    """Tokens of a validation, the same for any number of ranks; at most what the validation shards hold."""
+    hellaswag_every: int = 0
+    """Steps between two HellaSwag evaluations; 0 is never."""
+    hellaswag_data: Path = Path("data/hellaswag/hellaswag_val.jsonl")
+    """The HellaSwag examples, as `python -m data_prep hellaswag` writes them."""
+    hellaswag_protocol: Literal["completion", "harness"] = "completion"
+    """How to score HellaSwag: as build-nanogpt and llm.c do, or as the lm-evaluation-harness does."""
+    sample_every: int = 0
+    """Steps between two samples of text; 0 is never."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step always saves one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep; 0 keeps all."""
+
+    skip_limit: int = 20
+    """Steps in a row that may be skipped because a gradient was not finite; one more ends the run."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the run directory."""
+
+    resume: str = "auto"
+    """auto continues the run in --out-dir if there is one; never refuses to; or the checkpoint to continue from."""
+
+    timeout: float = 300.0
+    """Seconds after which a rank that does not answer ends the run."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be, all faults at once.
+
+        Raises:
+            ValueError: naming each bad flag, what it is and what it may be.
+        """
+        faults = []
+        block_size = model_config(self.model).block_size
+        if self.sequence_length > block_size:
+            faults.append(f"--sequence-length {self.sequence_length} is past the model's {block_size}")
+        for name in ("sequence_length", "micro_batch_size", "total_batch_size", "max_steps", "log_every"):
+            if getattr(self, name) < 1:
+                faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
+        for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
+                     "keep_checkpoints", "max_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
+            if getattr(self, name) < 0:
+                faults.append(f"{flag(name)} {getattr(self, name)} must not be negative")
+        for name in ("dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{flag(name)} {getattr(self, name)} must be at least 0 and below 1")
+        if self.val_every and self.val_tokens < self.sequence_length:
+            faults.append(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")
+        if self.timeout <= 0:
+            faults.append(f"--timeout {self.timeout} must be positive")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the cosine."""
+        return self.max_lr / 10 if self.min_lr is None else self.min_lr
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON carries them."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """The fields that must not change within a run and differ from those of `saved`, each as one phrase."""
+    now = config.to_json()
+    return [
+        f"{flag(name)} is {now[name]}, the run has {saved.get(name)}"
+        for name in FIXED_FIELDS
+        if saved.get(name) != now[name]
+    ]

@@ -1,0 +1,146 @@
+"""What a run says: a line on the console, a line of metrics.jsonl, TensorBoard; and silence on the other ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One training step, over all ranks.
+
+    `loss` in nats per token; `grad_norm` before clipping; `step_ms` and `tokens_per_sec` without evaluation, sampling
+    and saving; `mfu` a fraction of the devices' peak, None where that is unknown; `memory_mb` the peak in MiB (on CPU
+    what the process holds); `skipped` the updates left out so far because a gradient was not finite.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    step_ms: float
+    tokens_per_sec: float
+    mfu: float | None
+    tokens_seen: int
+    data_hash: str
+    memory_mb: float
+    skipped: int
+
+    def console_line(self) -> str:
+        return (
+            f"step {self.step} | loss: {self.loss:.6f} | lr {self.lr:.4e} | norm: {self.grad_norm:.4f} | "
+            f"dt: {self.step_ms:.2f}ms | tok/sec: {self.tokens_per_sec:.2f}"
+        )
+
+
+class RunLog(Protocol):
+    """Where a run's events go."""
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches."""
+
+    def event(self, name: str, *, step: int, **values: Any) -> None:
+        """Write one event to metrics.jsonl."""
+
+    def train(self, metrics: StepMetrics) -> None:
+        """A training step: console and metrics.jsonl."""
+
+    def status(self, state: str, *, step: int, **values: Any) -> None:
+        """Replace status.json."""
+
+    def close(self) -> None:
+        """Give up the files."""
+
+
+class NullLog:
+    """The log of every rank but the first."""
+
+    def say(self, text: str) -> None: ...
+    def event(self, name: str, *, step: int, **values: Any) -> None: ...
+    def train(self, metrics: StepMetrics) -> None: ...
+    def status(self, state: str, *, step: int, **values: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+class FileLog:
+    """The log of the first rank, in the run directory."""
+
+    def __init__(self, out_dir: Path, *, resumed_step: int, tensorboard: bool = False) -> None:
+        """Lines of metrics.jsonl past `resumed_step` are cut: their steps are about to be made again."""
+        self.out_dir = out_dir
+        path = out_dir / "metrics.jsonl"
+        cut_metrics(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
+
+            self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def event(self, name: str, *, step: int, **values: Any) -> None:
+        line = {"event": name, "step": step} | {key: _finite(value) for key, value in values.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{name}/{key}", value, step)
+
+    def train(self, metrics: StepMetrics) -> None:
+        self.say(metrics.console_line())
+        values = asdict(metrics)
+        self.event("train", step=values.pop("step"), **values)
+
+    def status(self, state: str, *, step: int, **values: Any) -> None:
+        replace_file(self.out_dir / "status.json", json.dumps({"state": state, "step": step} | values) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Put `text` at `path`, whole or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop the lines of events after `last_step`, and a torn last line, so that no step appears twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= last_step:
+            kept.append(line + "\n")
+    replace_file(path, "".join(kept))
+
+
+def memory_mb(peak_bytes: int | None) -> float:
+    """Mebibytes: of the device where it counts them, else what this process holds in main memory."""
+    import psutil  # only the processes that log need it
+
+    return round((peak_bytes or psutil.Process().memory_info().rss) / 2**20, 1)
+
+
+def warn(text: str) -> None:
+    """A warning to the person who watches, on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,112 @@
+"""What is optimized, by which rule, at which learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def learning_rate(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
+    """The rate of update `step`, counted from 1: linear to `max_lr` at `warmup_steps`, then a cosine to `min_lr`.
+
+    The last step has exactly `min_lr`, and so has any after it (Loshchilov and Hutter 2017, SGDR, without restarts).
+    """
+    if step <= warmup_steps:
+        return max_lr * step / warmup_steps
+    if step >= max_steps:
+        return min_lr
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups in the order of the model's parameters: matrices and embeddings decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], device: torch.device
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the parameters of the raw `model`, fused where PyTorch has that.
+
+    The fused kernel also skips an update on the device when a gradient is not finite, without telling the host.
+    """
+    fused = device.type in ("cuda", "cpu", "mps")
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `NAME_OF_PARAMETER.NAME_OF_STATE` -> tensor."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give `optimizer` the state that `optimizer_tensors` gave out, on the devices of the parameters.
+
+    Raises:
+        ValueError: for a name or a shape that is not the model's.
+    """
+    parameters = dict(model.named_parameters())
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(".")
+        if name not in parameters or tensor.shape not in (parameters[name].shape, torch.Size([])):
+            raise ValueError(f"the optimizer state {full_name} {tuple(tensor.shape)} fits no parameter of the model")
+        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+
+
+def apply_update(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, loss: Tensor, grad_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Unscale, clip and update, unless `loss` or a gradient is not finite: then nothing changes at all.
+
+    `loss` and the gradients must be the same on every rank, so that every rank skips or none. The host is not waited
+    for: fused optimizers leave the update out on the device where `found_inf` is 1, which is how a `GradScaler`
+    talks to them.
+
+    Returns:
+        The norm of the gradient before clipping and whether the update was skipped, 0-dim on the device.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters[0].grad.add_(loss.detach() * 0)  # a loss of inf or nan makes the gradient nan
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    skipped = ~norm.isfinite()
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+class SkipCount:
+    """Counts skipped updates on the device, in all and in a row."""
+
+    def __init__(self, total: int, device: torch.device) -> None:
+        self._total = torch.tensor(total, device=device)
+        self._in_a_row = torch.tensor(0, device=device)
+
+    def add(self, skipped: Tensor) -> None:
+        self._total += skipped
+        self._in_a_row = (self._in_a_row + 1) * skipped
+
+    def total(self) -> int:
+        """Waits for the device."""
+        return int(self._total)
+
+    def in_a_row(self) -> int:
+        """Waits for the device."""
+        return int(self._in_a_row)

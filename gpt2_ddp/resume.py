@@ -1,0 +1,144 @@
+"""Where a run goes on: what a checkpoint holds of it, which one to take up, and what must not have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2_ddp import checkpoint, optim, pretrained
+from gpt2_ddp.config import TrainConfig, differences
+from gpt2_ddp.data import BatchPlan
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.model import GPT
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Where a run stands after `step` updates, by what was consumed, never by what was prefetched."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    data_hash: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """What rank 0 found in the run directory: a checkpoint to go on from, or none."""
+
+    path: Path | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+
+def checkpoint_files(
+    *,
+    config: TrainConfig,
+    plan: BatchPlan,
+    data_fingerprint: str,
+    state: TrainState,
+    skipped: int,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    tokenizer: Mapping[str, bytes],
+) -> dict[str, checkpoint.Content]:
+    """The files of a checkpoint: a Hugging Face GPT-2 directory, the optimizer's state and the run's."""
+    trainer_state = {
+        **asdict(state),
+        "skipped": skipped,
+        "batch": asdict(plan),
+        "data_fingerprint": data_fingerprint,
+        "scaler": scaler.state_dict(),
+        "config": config.to_json(),
+    }
+    return {
+        "config.json": pretrained.hf_config(model.config),
+        **tokenizer,
+        "model.safetensors": pretrained.to_hf(model.state_dict()),
+        "optimizer.safetensors": optim.optimizer_tensors(model, optimizer),
+        "trainer_state.json": trainer_state,
+    }
+
+
+def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
+    """What `--resume` means in this run directory. Runs on rank 0, whose disk alone has to have the checkpoints.
+
+    Raises:
+        ValueError: where the run there has another model, seed, batch or data, or nothing good is left of it.
+    """
+    directory, config_file = config.out_dir / "checkpoints", config.out_dir / "config.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    (config.out_dir / ".writable").touch()
+    (config.out_dir / ".writable").unlink()
+    if config.resume == "never":
+        if config_file.exists() or checkpoint.checkpoints(directory):
+            raise ValueError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
+        return Resume()
+    said: list[str] = []
+    path: Path | None
+    if config.resume == "auto":
+        path, said = checkpoint.newest_good(directory)
+    else:
+        path = Path(config.resume)
+        if problems := checkpoint.faults(path):
+            raise ValueError(f"cannot resume from {path}: {', '.join(problems)}")
+    if path is None:
+        if config_file.exists():
+            require_same_run(config, checkpoint.read_json(config_file), data_fingerprint)
+            said.append(f"{config.out_dir} holds a run without a checkpoint: starting it again from step 0")
+        return Resume(said=said)
+    state = read_state(path)
+    require_same_run(config, state, data_fingerprint)
+    for newer in checkpoint.checkpoints(directory):
+        if newer.name > checkpoint.step_name(state["step"]):
+            said.append(f"{newer.name} is newer; set aside as {checkpoint.set_aside(newer, 'superseded').name}")
+    said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
+    return Resume(path=path, state=state, said=said)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer_state.json of a checkpoint.
+
+    Raises:
+        ValueError: where a field that training goes on from is missing or of another kind.
+    """
+    file = path / "trainer_state.json"
+    state = checkpoint.read_json(file)
+    kinds = {"step": int, "tokens_seen": int, "data_hash": str, "skipped": int, "scaler": dict, "config": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
+            raise ValueError(f"{file}: {name} is {str(state.get(name))[:40]!r}, not a {kind.__name__}")
+    if min(state["step"], state["tokens_seen"], state["skipped"]) < 0:
+        raise ValueError(f"{file}: a count is negative")
+    return state
+
+
+def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprint: str) -> None:
+    """
+    Raises:
+        ValueError: naming each field that must not change within a run and did.
+    """
+    saved_config = saved.get("config")
+    found = differences(saved_config if isinstance(saved_config, dict) else {}, config)
+    if saved.get("data_fingerprint") != data_fingerprint:
+        found.append(f"the tokens in --data-dir {config.data_dir} are not those the run was trained on")
+    if found:
+        raise ValueError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir")
+
+
+def restore(
+    resume: Resume, context: DistContext, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> TrainState:
+    """Give the optimizer and the scaler what the checkpoint holds for them, on every rank."""
+    if resume.path is None:
+        return TrainState()
+    file = resume.path / "optimizer.safetensors"
+    tensors = context.together(lambda: checkpoint.read_tensors(file) if context.is_main else None)
+    optim.load_optimizer_tensors(model, optimizer, context.broadcast_tensors(tensors))
+    if scaler.is_enabled() and resume.state["scaler"]:
+        scaler.load_state_dict(resume.state["scaler"])
+    return TrainState(**{name: resume.state[name] for name in ("step", "tokens_seen", "data_hash")})

@@ -1,0 +1,35 @@
+"""Validation loss over a fixed set of tokens, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.model import GPT
+
+
+@torch.no_grad()
+def validation_loss(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    context: DistContext,
+    autocast: AbstractContextManager[object],
+) -> float:
+    """The mean loss in nats of the batches of all ranks, each an (inputs, targets) pair of shape (B, T).
+
+    Changes nothing: the model is left in the mode it was in, and no random number is drawn.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    with autocast:
+        for ids, targets in batches:
+            loss = model(ids.to(context.device), targets.to(context.device))
+            total += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
+    model.train(training)
+    loss_sum, tokens = context.sum(total).tolist()
+    return float(loss_sum / tokens)
