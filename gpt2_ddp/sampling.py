@@ -15,7 +15,7 @@ from gpt2_ddp.tokenizer import EOT, VOCAB_SIZE
 @torch.no_grad()
 def generate(
     model: GPT,
-    prompt: Tensor | Sequence[int],
+    prompt: Tensor | Sequence[int] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,

@@ -1,0 +1,1 @@
+"""A trained model in numbers, text and pictures: `python -m eval --help`."""

@@ -1,0 +1,29 @@
+"""`python -m eval {hellaswag,val-loss,sample,plot}`, under torchrun too."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from eval.hellaswag import HellaSwag
+from eval.plot import Plot
+from eval.sample import Sample
+from eval.val_loss import ValLoss
+from gpt2_ddp.cli import parse, run
+
+Command = (
+    Annotated[HellaSwag, tyro.conf.subcommand("hellaswag")]
+    | Annotated[ValLoss, tyro.conf.subcommand("val-loss")]
+    | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+)
+
+
+def main() -> None:
+    command: HellaSwag | ValLoss | Sample | Plot = parse(Command, "What a model is worth.")  # type: ignore[arg-type]
+    command.run()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,205 @@
+"""`python -m eval plot`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+
+from eval.published import CHANCE, published_for
+from gpt2_ddp.hellaswag import PROTOCOLS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import ColorType, LineStyleType
+
+LARGEST = 1e15
+SMOOTHED_FROM = 100
+"""Points from which on a curve is drawn pale, with its running median over it."""
+
+
+class Panel(NamedTuple):
+    """One curve for each run: the values of `key` in the lines of `event`, times `scale`."""
+
+    title: str
+    unit: str
+    event: str
+    key: str
+    scale: float = 1.0
+
+
+PANELS = (
+    Panel("Training loss", "nats per token", "train", "loss"),
+    Panel("Validation loss", "nats per token", "val", "val_loss"),
+    Panel("HellaSwag accuracy (acc_norm)", "% right", "hellaswag", "acc_norm", 100.0),
+    Panel("Learning rate", "learning rate x 1000", "train", "lr", 1000.0),
+    Panel("Gradient norm before clipping", "L2 norm", "train", "grad_norm"),
+    Panel("Speed", "thousand tokens per second", "train", "tokens_per_sec", 0.001),
+)
+"""A panel that no run has a value for is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """The curves of one or several runs in one picture."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, or metrics.jsonl files."""
+    out: Path
+    """The PNG to write."""
+
+    def run(self) -> None:
+        """Write the picture and say where it is."""
+        if not self.runs:
+            raise ValueError("no run to plot: name at least one run directory")
+        figure = draw([read_history(path) for path in self.runs], run_names(self.runs))
+        figure.savefig(self.out, format="png", dpi=120)
+        print(f"wrote {self.out}")
+
+
+class Curve(NamedTuple):
+    """Values by step."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a run's metrics.jsonl holds for the panels, in their order, and the protocols of its HellaSwag scores."""
+
+    curves: list[Curve]
+    protocols: set[str]
+
+
+def read_history(run: Path) -> History:
+    """The curves in a run directory or a metrics.jsonl file; a last line that is torn is left out.
+
+    Raises:
+        ValueError: naming the file and the line that is not a metric, or a file without a single one.
+    """
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    if not path.is_file():
+        raise ValueError(f"no metrics at {path}: give a run directory, or its metrics.jsonl")
+    curves = [Curve([], []) for _ in PANELS]
+    protocols = set()
+    for event in _events(path):
+        if event["event"] == "hellaswag" and event.get("protocol") in PROTOCOLS:
+            protocols.add(str(event["protocol"]))
+        for panel, curve in zip(PANELS, curves, strict=True):
+            value = event.get(panel.key)
+            # a loss that is not finite is null, or NaN from elsewhere
+            if event["event"] == panel.event and isinstance(value, int | float) and abs(value) < LARGEST:
+                curve.steps.append(event["step"])
+                curve.values.append(value * panel.scale)
+    if not any(curve.steps for curve in curves):
+        raise ValueError(f"{path} has nothing to plot yet")
+    return History(curves=curves, protocols=protocols)
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):  # torn: every whole line ends in a newline
+                return
+            raise ValueError(f"{path}, line {number}: not JSON") from None
+        step = event.get("step") if isinstance(event, dict) else None
+        if not isinstance(step, int) or not 0 <= step < LARGEST or "event" not in event:
+            raise ValueError(f"{path}, line {number}: not an object with an event and a step")
+        yield event
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """Short names that tell the runs apart."""
+    short = [path.resolve().name if path.is_dir() else path.resolve().parent.name for path in runs]
+    return short if len(set(short)) == len(short) else [str(path) for path in runs]
+
+
+def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
+    """The picture: a panel for each quantity that any run has, a colour for each run.
+
+    Raises:
+        ValueError: where matplotlib is not installed.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install -e '.[plot]' in the checkout") from None
+    shown = [index for index in range(len(PANELS)) if any(history.curves[index].steps for history in histories)]
+    last = 1.02 * max(max(curve.steps, default=0) for history in histories for curve in history.curves) or 1
+    columns = min(3, len(shown))
+    figure = Figure(figsize=(5.2 * columns, 3.6 * math.ceil(len(shown) / columns) + 0.7), layout="constrained")
+    colors = [colormaps["tab10"](index % 10) for index in range(len(names))]
+    styles: list[LineStyleType] = ["-" if index < 10 else "--" if index < 20 else ":" for index in range(len(names))]
+    for place, index in enumerate(shown, start=1):
+        axes = figure.add_subplot(math.ceil(len(shown) / columns), columns, place)
+        axes.set(title=PANELS[index].title, ylabel=PANELS[index].unit, xlabel="step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, last)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        for history, color, style in zip(histories, colors, styles, strict=True):
+            _draw_curve(axes, history.curves[index], color, style, noisy=PANELS[index].key != "lr")
+        if PANELS[index].key == "acc_norm":
+            _draw_published(axes, sorted(set().union(*(history.protocols for history in histories))))
+        if PANELS[index].key == "tokens_per_sec":
+            axes.set_ylim(bottom=0)
+    if len(names) == 1:
+        figure.suptitle(names[0], fontweight="bold")
+    else:
+        handles = [Line2D([], [], color=color, linestyle=style) for color, style in zip(colors, styles, strict=True)]
+        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
+    return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, color: ColorType, style: LineStyleType, *, noisy: bool) -> None:
+    """One run's curve: points where there are few, a running median over the pale values where there are many."""
+    if len(curve.steps) < SMOOTHED_FROM or not noisy:
+        marker = "o" if len(curve.steps) <= 30 else ""
+        axes.plot(curve.steps, curve.values, color=color, linestyle=style, marker=marker, markersize=3.5, linewidth=1.4)
+        return
+    reach = len(curve.values) // 50
+    padded = np.pad(np.asarray(curve.values), reach, constant_values=np.nan)
+    median = np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
+    axes.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
+    axes.plot(curve.steps, median, color=color, linestyle=style, linewidth=1.6)
+
+
+def _draw_published(axes: Axes, protocols: Sequence[str]) -> None:
+    """Lines at chance and at what the published models of the smallest size reach."""
+    lines = {"chance": CHANCE}
+    for protocol in protocols:
+        for number in published_for(protocol):
+            if "124M" in number.model:
+                own = f", {protocol}" if number.protocol and len(protocols) > 1 else ""
+                lines[f"{number.model}{own}"] = number.acc_norm
+    for name, accuracy in lines.items():
+        axes.axhline(100 * accuracy, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"{name} {100 * accuracy:.1f}%",
+            (0.99 if name == "chance" else 0.01, 100 * accuracy),  # where curves rarely are
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right" if name == "chance" else "left",
+            va="bottom",
+            fontsize="small",
+            color="0.35",
+        )
+    axes.set_title(f"{axes.get_title()}, {' and '.join(protocols)} protocol" if protocols else axes.get_title())
+    axes.margins(y=0.12)
