@@ -1,0 +1,177 @@
+"""Look at this node: GPUs, physical cores, control group, SLURM, and the options of the torchrun installed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from launch.plan import Core, Found, Gpu, SlurmStep
+
+# In a process of its own: asking CUDA for a GPU's name starts the driver there, and it ends with that process.
+PROBE = """
+import json, torch, torch.distributed.run as run
+gpus = []
+for index in range(torch.cuda.device_count()):
+    of = torch.cuda.get_device_properties(index)
+    bus = [getattr(of, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    gpus.append({"name": of.name, "memory_bytes": of.total_memory, "pci": bus})
+options = sorted(option for action in run.get_args_parser()._actions for option in action.option_strings)
+print(json.dumps({"gpus": gpus, "metal": torch.backends.mps.is_available(), "options": options}))
+"""
+CPUS = Path("/sys/devices/system/cpu")
+NUMA_NODES = Path("/sys/devices/system/node")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+
+
+def discover(environment: Mapping[str, str]) -> Found:
+    """What this node has, for a process with these environment variables.
+
+    Raises:
+        ValueError: where torch cannot be imported, or a SLURM node's address cannot be found.
+    """
+    probed = probe()
+    return Found(
+        gpus=parse_gpus(probed),
+        has_metal=bool(probed["metal"]),
+        cores=find_cores(),
+        cpu_quota=find_cpu_quota(),
+        memory_bytes=psutil.virtual_memory().total,
+        slurm=find_slurm(environment),
+        torchrun_options=frozenset(map(str, probed["options"])),
+        under_torchrun="TORCHELASTIC_RUN_ID" in environment,
+        omp_num_threads=environment.get("OMP_NUM_THREADS", ""),
+    )
+
+
+def probe() -> dict[str, list[dict[str, object]]]:
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(
+            f"torch does not start in {sys.executable} ({reason}): bash launch/setup.sh installs it in .venv"
+        )
+    found: dict[str, list[dict[str, object]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def parse_gpus(probed: Mapping[str, list[dict[str, object]]]) -> tuple[Gpu, ...]:
+    """The GPUs of the probe's answer, each with the NUMA node of its PCI slot."""
+    return tuple(
+        Gpu(name=str(gpu["name"]), memory_bytes=int(str(gpu["memory_bytes"])), numa_node=pci_numa_node(gpu["pci"]))
+        for gpu in probed["gpus"]
+    )
+
+
+def pci_numa_node(pci: object) -> int:
+    """The NUMA node of [domain, bus, device]; -1 where Linux does not tell."""
+    if not isinstance(pci, list) or not all(isinstance(part, int) for part in pci):
+        return -1
+    domain, bus, device = pci
+    text = read(PCI_DEVICES / f"{domain:04x}:{bus:02x}:{device:02x}.0" / "numa_node")
+    return int(text) if text else -1
+
+
+def find_cores() -> tuple[Core, ...]:
+    """The physical cores that this process may run on."""
+    if sys.platform != "linux":
+        return tuple(Core(cpus=(core,)) for core in range(psutil.cpu_count(logical=False) or 1))
+    numa = {
+        cpu: int(node.name[4:])
+        for node in sorted(NUMA_NODES.glob("node[0-9]*"))
+        for cpu in parse_cpu_list(read(node / "cpulist"))
+    }
+    siblings: dict[tuple[str, str], list[int]] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        topology = CPUS / f"cpu{cpu}" / "topology"
+        core = read(topology / "physical_package_id"), read(topology / "core_id") or f"cpu {cpu}"
+        siblings.setdefault(core, []).append(cpu)
+    return tuple(Core(cpus=tuple(cpus), numa_node=numa.get(cpus[0], 0)) for cpus in siblings.values())
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """Linux's list format: "0-3,8" is [0, 1, 2, 3, 8]."""
+    cpus: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cpus.extend(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def find_cpu_quota(root: Path = CONTROL_GROUPS, membership: str | None = None) -> float | None:
+    """The CPUs that control groups grant (version 2, then 1), the smallest on the way up; None without a limit."""
+    membership = read(Path("/proc/self/cgroup")) if membership is None else membership
+    own = next((line[3:] for line in membership.splitlines() if line.startswith("0::")), "/")
+    group = root / own.strip("/")
+    limits = [read(folder / "cpu.max") for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    limits.append(f"{read(root / 'cpu/cpu.cfs_quota_us')} {read(root / 'cpu/cpu.cfs_period_us')}")
+    granted = [int(quota) / int(period) for quota, period in re.findall(r"^(\d+) (\d+)$", "\n".join(limits), re.M)]
+    return min(granted, default=None)
+
+
+def find_slurm(environment: Mapping[str, str]) -> SlurmStep | None:
+    """The step or the bare allocation that this process runs in."""
+    if "SLURM_JOB_ID" not in environment:
+        return None
+    in_step = "SLURM_STEP_NUM_NODES" in environment
+    prefix = "SLURM_STEP_NUM_" if in_step else "SLURM_N"
+    nodes = int(environment.get(prefix + "NODES", "1"))
+    several = in_step and nodes > 1
+    return SlurmStep(
+        job_id=int(environment["SLURM_JOB_ID"]),
+        step_id=environment.get("SLURM_STEP_ID", "") if in_step else "",
+        nodes=nodes,
+        tasks=int(environment.get(prefix + "TASKS", "1")) if in_step else 1,
+        cpus=int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE", "0")),
+        first_host=reachable(first_host(environment["SLURM_STEP_NODELIST"])) if several else "",
+        own_host=reachable(environment["SLURMD_NODENAME"]) if several else "",
+    )
+
+
+def first_host(node_list: str) -> str:
+    """The first of SLURM's compressed list, such as gpu[03-06,09]."""
+    return scontrol("show", "hostnames", node_list).split()[0]
+
+
+def reachable(node: str) -> str:
+    """A name or an address of a SLURM node that resolves here, its own name first.
+
+    Raises:
+        ValueError: where none does. The local host is no stand-in: each node would train alone.
+    """
+    shown = scontrol("--oneliner", "show", "node", node) if not resolves(node) else ""
+    known = dict(word.split("=", 1) for word in shown.split() if "=" in word)
+    for name in (node, known.get("NodeAddr", ""), known.get("NodeHostName", "")):
+        if name and resolves(name):
+            return name
+    raise ValueError(f"no address for SLURM's node {node}: its name, NodeAddr and NodeHostName do not resolve here")
+
+
+def resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
+
+
+def scontrol(*arguments: str) -> str:
+    try:
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"scontrol {' '.join(arguments)} fails inside a SLURM job: {error}") from error
+
+
+def read(path: Path) -> str:
+    """The stripped text of a file of the kernel; empty where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
