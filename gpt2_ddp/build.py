@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gpt2_ddp import checkpoint, optim, pretrained, resume
+from gpt2_ddp import checkpoint, gradients, optim, pretrained, resume
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step
 from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.gradients import GradientReduction
+from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
 from gpt2_ddp.metrics import FileLog, NullLog, RunLog, replace_file, warn
 from gpt2_ddp.model import GPT, model_config
 from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_compile, choose_dtype, found_hardware
 from gpt2_ddp.resume import Resume, TrainState
+from gpt2_ddp.saver import CheckpointWriter
 from gpt2_ddp.shards import find_shards, fingerprint
 from gpt2_ddp.stopping import StopRequest
 from gpt2_ddp.tokenizer import tokenizer_files
@@ -47,12 +50,15 @@ class Run:
     plan: BatchPlan
     model: GPT
     train_model: nn.Module
+    reduction: GradientReduction
     optimizer: torch.optim.Optimizer
     skips: optim.SkipCount
+    guard: SpikeGuard
+    numerics: dict[str, object] | None
     data: TrainData
     sources: Sources
     log: RunLog
-    writer: checkpoint.CheckpointWriter
+    writer: CheckpointWriter
     stop: StopRequest
     state: TrainState
     tokenizer: dict[str, bytes]
@@ -80,20 +86,27 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
     allow_tf32()
     model, optimizer = start_model(config, context, found)
     state = resume.restore(found, context, model, optimizer, precision.scaler)
-    train_model = trainable(model, precision, plan, context, compiled=choose_compile(config.compile, hardware))
+    compiled = choose_compile(config.compile, hardware)
+    numerics = choose_numerics(config, context, hardware, dtype, found) if config.reproducible else None
+    train_model = trainable(model, precision, plan, context, compiled=compiled, ddp=not config.reproducible)
+    reduction = make_reduction(train_model, context, plan, reproducible=config.reproducible)
     log = context.together(lambda: open_log(config, context, state.step))
     for line in [*found.said, *([warning] if warning else [])]:
         log.say(line)
+    guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
     data = TrainData(
         sources.train,
         plan,
         rank=context.rank,
         seed=config.seed,
         pin_memory=context.device.type == "cuda",
-        first_step=state.step + 1,
+        first_step=state.step + guard.passed_over + 1,
     )
-    writer = checkpoint.CheckpointWriter(
-        config.out_dir / "checkpoints", keep=config.keep_checkpoints, enabled=context.is_main
+    writer = CheckpointWriter(
+        config.out_dir / "checkpoints",
+        keep=config.keep_checkpoints,
+        enabled=context.is_main,
+        patience=config.timeout / 2,
     )
     return Run(
         config=config,
@@ -103,6 +116,9 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
         plan=plan,
         model=model,
         train_model=train_model,
+        reduction=reduction,
+        guard=guard,
+        numerics=numerics,
         optimizer=optimizer,
         skips=optim.SkipCount(found.state.get("skipped", 0), context.device),
         data=data,
@@ -186,7 +202,40 @@ def start_weights(config: TrainConfig, found: Resume, *, is_main: bool) -> GPT:
     return loaded
 
 
-def trainable(model: GPT, precision: Precision, plan: BatchPlan, context: DistContext, *, compiled: bool) -> nn.Module:
+def choose_numerics(
+    config: TrainConfig, context: DistContext, hardware: Hardware, dtype: torch.dtype, found: Resume
+) -> dict[str, object]:
+    """What bits depend on beside the configuration: checked against every rank and the resumed run, and set up.
+
+    Raises:
+        ValueError: where it differs, or the micro-batches and ranks make no full binary tree.
+    """
+    numerics: dict[str, object] = {
+        "device": hardware.name,
+        "dtype": str(dtype),
+        "compile": choose_compile(config.compile, hardware),
+        "torch": torch.__version__,
+        "micro_batch_size": config.micro_batch_size,
+    }
+    saved = (found.state.get("numerics") or {}) if found.path else None
+    gradients.require_same_numerics(context.gather(numerics), saved)
+    sequences = config.total_batch_size // config.sequence_length
+    gradients.require_tree(sequences // config.micro_batch_size, context.world_size)
+    gradients.use_deterministic_kernels(context.device)
+    return numerics
+
+
+def make_reduction(
+    train_model: nn.Module, context: DistContext, plan: BatchPlan, *, reproducible: bool
+) -> gradients.GradientReduction:
+    """How the gradients of a step are summed: by DDP, or in the fixed tree of --reproducible."""
+    kind = gradients.TreeReduction if reproducible else gradients.DDPReduction
+    return kind(train_model, context, plan.grad_accum_steps)
+
+
+def trainable(
+    model: GPT, precision: Precision, plan: BatchPlan, context: DistContext, *, compiled: bool, ddp: bool
+) -> nn.Module:
     """`model` compiled where that works and wrapped by DDP, warmed up by backward passes that leave nothing behind.
 
     DDP orders its buckets anew after the first backward of a process. Were that a step of training, a resumed
@@ -212,7 +261,7 @@ def trainable(model: GPT, precision: Precision, plan: BatchPlan, context: DistCo
             train_model = model
             if reason:
                 warn(f"torch.compile failed ({reason}): training without it")
-    wrapped = context.wrap(train_model)
+    wrapped = context.wrap(train_model) if ddp else train_model
     if wrapped is not train_model:
         warm_up(wrapped)
         warm_up(wrapped)  # the buckets are ordered anew when the second pass begins

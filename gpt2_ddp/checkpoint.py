@@ -10,10 +10,7 @@ import json
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,72 +24,6 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 CHUNK = 1 << 22
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveReport:
-    """How a save went: `seconds` from start to rename, `blocked_seconds` that training waited, bytes on disk."""
-
-    step: int
-    seconds: float
-    blocked_seconds: float
-    bytes: int
-    error: str | None = None
-
-
-class CheckpointWriter:
-    """Saves in the background, on rank 0 only; every rank calls it alike.
-
-    A save first copies every tensor, so training may go on at once; what went wrong is told by `reports`.
-    """
-
-    def __init__(self, directory: Path, *, keep: int, enabled: bool) -> None:
-        self.directory = directory
-        self.keep = keep
-        self.enabled = enabled
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._saves: list[Future[SaveReport]] = []
-
-    def save(self, step: int, files: Callable[[], Mapping[str, Content]]) -> None:
-        """Start to save what `files` gives as the checkpoint of `step`, after the save before it has ended."""
-        if not self.enabled:
-            return
-        start = time.perf_counter()
-        for earlier in self._saves:
-            earlier.exception()
-        snapshot = {name: _copy(content) for name, content in files().items()}
-        blocked = time.perf_counter() - start
-        self._saves.append(self._thread.submit(self._write, step, snapshot, blocked))
-
-    def _write(self, step: int, files: Mapping[str, Content], blocked: float) -> SaveReport:
-        start = time.perf_counter()
-        try:
-            size = write_checkpoint(self.directory / step_name(step), files)
-            if self.keep:
-                prune(self.directory, self.keep)
-        except OSError as error:
-            seconds = time.perf_counter() - start
-            return SaveReport(step=step, seconds=seconds, blocked_seconds=blocked, bytes=0, error=str(error))
-        return SaveReport(step=step, seconds=time.perf_counter() - start, blocked_seconds=blocked, bytes=size)
-
-    def reports(self, *, wait: bool = False) -> list[SaveReport]:
-        """The saves that ended since the last call; with `wait` all that were started."""
-        ended = [save for save in self._saves if wait or save.done()]
-        self._saves = [save for save in self._saves if save not in ended]
-        return [save.result() for save in ended]
-
-    def close(self) -> None:
-        """Wait for a save in flight: it is finished, not torn."""
-        self._thread.shutdown(wait=True)
-
-
-def _copy(content: Content) -> Content:
-    if isinstance(content, bytes):
-        return content
-    return {
-        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for key, value in content.items()
-    }
 
 
 def step_name(step: int) -> str:

@@ -86,6 +86,15 @@ class TrainConfig:
 
     skip_limit: int = 20
     """Steps in a row that may be skipped because a gradient was not finite; one more ends the run."""
+    spike_guard: float = 0.0
+    """Go back to the last checkpoint and pass over the data since, when a loss is this many standard deviations above
+    the recent ones; 0 is off, 6 a careful choice."""
+    spike_limit: int = 3
+    """How often the spike guard may go back in a run."""
+    check_ranks_every: int = 100
+    """Steps between two comparisons of the ranks' weights, and before each checkpoint; 0 is never."""
+    reproducible: bool = False
+    """The same weights to the bit on any power-of-two number of ranks; slower, and on one kind of hardware."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run directory."""
 
@@ -109,7 +118,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
-                     "keep_checkpoints", "max_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
+                     "keep_checkpoints", "skip_limit", "spike_guard",
+                     "spike_limit", "check_ranks_every", "max_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
             if getattr(self, name) < 0:
                 faults.append(f"{flag(name)} {getattr(self, name)} must not be negative")
         for name in ("dropout", "beta1", "beta2"):

@@ -195,6 +195,13 @@ class TrainData:
             self._next_step += 1
         return self._ahead.popleft().result()
 
+    def seek(self, step: int) -> None:
+        """Go on with the data of `step`; what was read ahead is dropped."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._next_step = step
+
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
 

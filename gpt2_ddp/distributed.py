@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
 START_TIMEOUT = timedelta(minutes=30)
 """Until the first step is done: compilers, cold file systems and slow nodes take their time."""
+
+
+class Watchdog(threading.Thread):
+    """Ends this process when no rank gets on any more, after naming the ranks that hold up the others.
+
+    Every rank publishes how often it has got on (`beats`) and that it lives at all (`ticks`). A rank whose ticks stand
+    still is stopped or gone; else the ones with the fewest beats are those that the others wait for.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.beats = 0
+        self.timeout = START_TIMEOUT.total_seconds()
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._ticks = 0
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        recent: deque[list[dict[str, Any]]] = deque(maxlen=6)
+        beats, since = [-1], time.monotonic()
+        while not self._ended.wait(min(1.0, self.timeout / 10)):
+            recent.append(self._look())
+            if beats != [told["beats"] for told in recent[-1]]:
+                beats, since = [told["beats"] for told in recent[-1]], time.monotonic()
+            elif time.monotonic() - since > self.timeout:
+                self._give_up(recent[0], recent[-1])
+
+    def _look(self) -> list[dict[str, Any]]:
+        """Publish this rank's counts and read everybody's."""
+        self._ticks += 1
+        mine = {"beats": self.beats, "ticks": self._ticks, "host": socket.gethostname()}
+        self._store.set(f"watchdog/{self._rank}", json.dumps(mine))
+        return [json.loads(self._store.get(f"watchdog/{rank}")) for rank in range(self._world_size)]
+
+    def _give_up(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+        ranks = range(self._world_size)
+        silent = [rank for rank in ranks if now[rank]["ticks"] == before[rank]["ticks"]]
+        fewest = min(told["beats"] for told in now)
+        late = silent or [rank for rank in ranks if now[rank]["beats"] == fewest]
+        if self._rank == min(set(ranks) - set(silent)):
+            what = "gives no sign of life" if silent else "holds up the others"
+            named = ", ".join(f"rank {rank} on {now[rank]['host']}" for rank in late)
+            print(f"error: no step for {self.timeout:.0f} s: {named} {what}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends everybody at the first exit: let the line be printed
+        os._exit(1)
+
+    def stop(self) -> None:
+        self._ended.set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +88,7 @@ class DistContext:
     world_size: int = 1
     local_world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
@@ -104,6 +163,14 @@ class DistContext:
             received[name] = tensor
         return received
 
+    def add_from(self, partner: int, tensor: Tensor) -> None:
+        """Add `partner`'s tensor of the same shape to `tensor` in place, while it does the same with this one."""
+        theirs = torch.empty_like(tensor)
+        exchange = [dist.P2POp(dist.isend, tensor, partner), dist.P2POp(dist.irecv, theirs, partner)]
+        for request in dist.batch_isend_irecv(exchange):
+            request.wait()
+        tensor.add_(theirs)
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` as DDP trains it; itself in a single process. `model` must be on the context's device."""
         if self.world_size == 1:
@@ -113,10 +180,22 @@ class DistContext:
             model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )
 
+    def beat(self) -> None:
+        """Tell the watchdog that this rank gets on with its work."""
+        if self.watchdog:
+            self.watchdog.beats += 1
+
+    def dismiss_watchdog(self) -> None:
+        """From now on no rank waits for another."""
+        if self.watchdog:
+            self.watchdog.stop()
+
     def shorten_timeouts(self, seconds: float) -> None:
-        """From now on, a collective that takes longer than `seconds` fails: a rank that died is noticed soon."""
-        if self.world_size > 1:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        """From now on the run ends if no rank gets on for `seconds`. The watchdog is first: it can name who is late."""
+        if self.watchdog and not self.watchdog.is_alive():
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + 30), dist.group.WORLD)
+            self.watchdog.timeout = seconds
+            self.watchdog.start()
 
 
 def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
@@ -163,21 +242,25 @@ def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
     device = choose_device(requested_device, local_rank=local_rank, local_world_size=local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     context = DistContext(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=local_rank,
-        world_size=world_size,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_world_size=local_world_size,
         device=device,
     )
-    if world_size == 1:
+    if context.world_size == 1:
         yield context
         return
+    store, rank, world_size = next(rendezvous("env://", timeout=START_TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
-    dist.init_process_group(backend, timeout=START_TIMEOUT, device_id=bound)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=START_TIMEOUT, device_id=bound
+    )
+    watchdog = Watchdog(store.clone(), rank, world_size)
     try:
-        yield context
+        yield replace(context, watchdog=watchdog)
     finally:
+        watchdog.stop()
         dist.destroy_process_group()

@@ -53,6 +53,9 @@ class RunLog(Protocol):
     def status(self, state: str, *, step: int, **values: Any) -> None:
         """Replace status.json."""
 
+    def cut(self, last_step: int) -> None:
+        """Forget the events after `last_step`."""
+
     def close(self) -> None:
         """Give up the files."""
 
@@ -64,6 +67,7 @@ class NullLog:
     def event(self, name: str, *, step: int, **values: Any) -> None: ...
     def train(self, metrics: StepMetrics) -> None: ...
     def status(self, state: str, *, step: int, **values: Any) -> None: ...
+    def cut(self, last_step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -101,6 +105,11 @@ class FileLog:
 
     def status(self, state: str, *, step: int, **values: Any) -> None:
         replace_file(self.out_dir / "status.json", json.dumps({"state": state, "step": step} | values) + "\n")
+
+    def cut(self, last_step: int) -> None:
+        self._file.close()
+        cut_metrics(self.out_dir / "metrics.jsonl", last_step)
+        self._file = (self.out_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ def found_hardware(device: torch.device) -> Hardware:
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return Hardware(device_type="cuda", name=name, capability=capability)
     if device.type == "cpu":
-        return Hardware(device_type="cpu", name="CPU", cpu_bf16=_cpu_has_bf16())
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return Hardware(device_type="cpu", name=name, cpu_bf16=_cpu_has_bf16())
     return Hardware(device_type=device.type)
 
 

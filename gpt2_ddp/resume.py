@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt2_ddp import checkpoint, optim, pretrained
 from gpt2_ddp.config import TrainConfig, differences
 from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.model import GPT
 
 
@@ -41,6 +43,8 @@ def checkpoint_files(
     data_fingerprint: str,
     state: TrainState,
     skipped: int,
+    guard: SpikeGuard,
+    numerics: Mapping[str, object] | None,
     model: GPT,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -50,6 +54,8 @@ def checkpoint_files(
     trainer_state = {
         **asdict(state),
         "skipped": skipped,
+        "spike_guard": guard.state(),
+        "numerics": numerics,
         "batch": asdict(plan),
         "data_fingerprint": data_fingerprint,
         "scaler": scaler.state_dict(),
@@ -108,7 +114,8 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     file = path / "trainer_state.json"
     state = checkpoint.read_json(file)
-    kinds = {"step": int, "tokens_seen": int, "data_hash": str, "skipped": int, "scaler": dict, "config": dict}
+    kinds = {"step": int, "tokens_seen": int, "data_hash": str, "skipped": int, "scaler": dict, "config": dict,
+             "spike_guard": dict}  # fmt: skip
     for name, kind in kinds.items():
         if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
             raise ValueError(f"{file}: {name} is {str(state.get(name))[:40]!r}, not a {kind.__name__}")
@@ -130,6 +137,30 @@ def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprin
         raise ValueError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir")
 
 
+def find_checkpoint(directory: Path) -> Resume:
+    """The newest good checkpoint of a run that goes back to it.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    path, said = checkpoint.newest_good(directory)
+    if path is None:
+        raise ValueError(f"{directory} holds no checkpoint to go back to")
+    return Resume(path=path, state=read_state(path), said=said)
+
+
+def model_tensors(found: Resume, context: DistContext) -> dict[str, Tensor] | None:
+    """The model's tensors in a checkpoint by our names, on the CPU of rank 0; None on the others."""
+    if not context.is_main or found.path is None:
+        return None
+    return pretrained.from_hf(checkpoint.read_tensors(found.path / "model.safetensors"))
+
+
+def weights_and_moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that must be the same on every rank, by name."""
+    return {**dict(model.named_parameters()), **optim.optimizer_tensors(model, optimizer)}
+
+
 def restore(
     resume: Resume, context: DistContext, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> TrainState:
@@ -138,6 +169,7 @@ def restore(
         return TrainState()
     file = resume.path / "optimizer.safetensors"
     tensors = context.together(lambda: checkpoint.read_tensors(file) if context.is_main else None)
+    optimizer.state.clear()
     optim.load_optimizer_tensors(model, optimizer, context.broadcast_tensors(tensors))
     if scaler.is_enabled() and resume.state["scaler"]:
         scaler.load_state_dict(resume.state["scaler"])

@@ -28,6 +28,7 @@ def validation_loss(
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
     with autocast:
         for ids, targets in batches:
+            context.beat()
             loss = model(ids.to(context.device), targets.to(context.device))
             total += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
     model.train(training)
