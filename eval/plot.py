@@ -38,7 +38,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Training loss", "nats per token", "train", "loss"),
     Panel("Validation loss", "nats per token", "val", "val_loss"),
-    Panel("HellaSwag accuracy (acc_norm)", "% right", "hellaswag", "acc_norm", 100.0),
+    Panel("HellaSwag acc_norm", "% right", "hellaswag", "acc_norm", 100.0),
     Panel("Learning rate", "learning rate x 1000", "train", "lr", 1000.0),
     Panel("Gradient norm before clipping", "L2 norm", "train", "grad_norm"),
     Panel("Speed", "thousand tokens per second", "train", "tokens_per_sec", 0.001),
@@ -142,7 +142,7 @@ def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
         raise ValueError("plots need matplotlib: pip install -e '.[plot]' in the checkout") from None
     shown = [index for index in range(len(PANELS)) if any(history.curves[index].steps for history in histories)]
     last = 1.02 * max(max(curve.steps, default=0) for history in histories for curve in history.curves) or 1
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     figure = Figure(figsize=(5.2 * columns, 3.6 * math.ceil(len(shown) / columns) + 0.7), layout="constrained")
     colors = [colormaps["tab10"](index % 10) for index in range(len(names))]
     styles: list[LineStyleType] = ["-" if index < 10 else "--" if index < 20 else ":" for index in range(len(names))]
@@ -158,7 +158,7 @@ def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
         if PANELS[index].key == "acc_norm":
             _draw_published(axes, sorted(set().union(*(history.protocols for history in histories))))
         if PANELS[index].key == "tokens_per_sec":
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(value for history in histories for value in history.curves[index].values))
     if len(names) == 1:
         figure.suptitle(names[0], fontweight="bold")
     else:
@@ -174,8 +174,8 @@ def _draw_curve(axes: Axes, curve: Curve, color: ColorType, style: LineStyleType
         axes.plot(curve.steps, curve.values, color=color, linestyle=style, marker=marker, markersize=3.5, linewidth=1.4)
         return
     reach = len(curve.values) // 50
-    padded = np.pad(np.asarray(curve.values), reach, constant_values=np.nan)
-    median = np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1), axis=1)
+    reaches = [min(reach, index) for index in range(len(curve.values))]  # symmetric at the start, where it is steep
+    median = [float(np.median(curve.values[index - r : index + r + 1])) for index, r in enumerate(reaches)]
     axes.plot(curve.steps, curve.values, color=color, linewidth=0.6, alpha=0.3)
     axes.plot(curve.steps, median, color=color, linestyle=style, linewidth=1.6)
 
@@ -191,7 +191,7 @@ def _draw_published(axes: Axes, protocols: Sequence[str]) -> None:
     for name, accuracy in lines.items():
         axes.axhline(100 * accuracy, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"{name} {100 * accuracy:.1f}%",
+            f"{name} {100 * accuracy:.4g}%",
             (0.99 if name == "chance" else 0.01, 100 * accuracy),  # where curves rarely are
             xycoords=("axes fraction", "data"),
             xytext=(0, 2),
@@ -201,5 +201,6 @@ def _draw_published(axes: Axes, protocols: Sequence[str]) -> None:
             fontsize="small",
             color="0.35",
         )
-    axes.set_title(f"{axes.get_title()}, {' and '.join(protocols)} protocol" if protocols else axes.get_title())
+    if protocols:
+        axes.set_title(f"{axes.get_title()} by {' and '.join(protocols)}")
     axes.margins(y=0.12)

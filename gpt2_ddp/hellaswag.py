@@ -80,10 +80,12 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
     Raises:
         ValueError: naming the file and the line, and what is wrong with it; or for a file without examples.
     """
+    fetch = "python -m data_prep hellaswag fetches the validation set"
+    if not path.is_file():
+        raise ValueError(f"no HellaSwag examples at {path}: {fetch}")
     examples: list[Example] = []
     with path.open("rb") as file:
-        lines = iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
             if limit is not None and len(examples) >= limit:
                 break
             try:
@@ -92,7 +94,7 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
     if not examples:
-        raise ValueError(f"{path} has no examples: python -m data_prep hellaswag fetches the validation set")
+        raise ValueError(f"{path} has no examples: {fetch}")
     return examples
 
 
@@ -112,9 +114,7 @@ def _example(line: bytes) -> Example:
     endings, label = value.get("endings"), value.get("label")
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(end, str) for end in endings):
         raise ValueError(f"'endings' is not a list of {ENDINGS} texts")
-    if not isinstance(label, int | str) or str(label) not in map(
-        str, range(ENDINGS)
-    ):  # the hub's copy has it as a text
+    if not isinstance(label, int | str) or str(label) not in ("0", "1", "2", "3"):  # the hub's copy has texts
         raise ValueError(f"'label' is {str(label)[:40]!r}, and must be a whole number from 0 to {ENDINGS - 1}")
     return Example(endings=tuple(endings), label=int(label), **texts)
 
@@ -133,8 +133,7 @@ def render(example: Example, protocol: str, encoding: Encoding) -> Question:
         text = _clean(f"{example.activity_label}: {example.ctx_a} {example.ctx_b.capitalize()}")
         choices = [_clean(ending) for ending in example.endings]
         # The harness lets blanks at the context's end go to the ending, and splits the tokens of both together.
-        stem = text.rstrip()
-        context = encoding.encode_ordinary(stem)
+        context = encoding.encode_ordinary(text.rstrip())
         endings = [encoding.encode_ordinary(f"{text} {choice}")[len(context) :] for choice in choices]
         lengths = [len(choice) for choice in choices]
     else:
@@ -170,6 +169,7 @@ def score(
         with torch.no_grad(), autocast or nullcontext():
             mine = batches[context.rank :: context.world_size]
             for batch in tqdm(mine, desc="HellaSwag", unit="batch", disable=not (progress and context.is_main)):
+                context.beat()
                 _score_batch(model, batch, scores)
     finally:
         model.train(training)
@@ -287,8 +287,7 @@ def _score_batch(model: GPT, batch: Sequence[_Tree], scores: Tensor) -> None:
 
 def _features(model: GPT, ids: Tensor, positions: Tensor, parts: Tensor) -> Tensor:
     """`GPT.features` where a token sees those before it that are of part 0 or of its own part; all are (B, T)."""
-    same = (parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])
-    mask = same.tril()[:, None]
+    mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
     x = model.wte(ids) + model.wpe(positions)
     for block in cast("Sequence[Block]", model.h):
         heads = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, block.attn.n_head, -1))
