@@ -1,0 +1,161 @@
+"""Design section 2 and style.md's limits, read from the source; and that importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from running import ROOT, environment
+
+PACKAGES = ("gpt2_ddp", "data_prep", "eval", "launch")
+FOUNDATION = {"model", "tokenizer", "shards", "distributed", "precision", "cli"}
+COMPOSERS = {"train", "build", "resume", "events", "saver", "bench"}
+"""The modules that put the parts together; all others know only the foundation."""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+ALL_FILES = [*SOURCES.values(), *sorted((ROOT / "tests").glob("*.py")), *sorted(ROOT.glob("*.py"))]
+
+
+def imported(module: str) -> set[str]:
+    """Our modules that `module` imports, wherever in it the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = [".".join(SOURCES[module].relative_to(ROOT).parts[: -node.level])] if node.level else []
+            origin = ".".join([*package, *filter(None, [node.module])])
+            members = {f"{origin}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            names |= members or {origin}
+    return {name for name in names if name.split(".")[0] in PACKAGES}
+
+
+def reached(module: str) -> set[str]:
+    """Everything of ours that comes along when `module` is imported."""
+    found: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for name in imported(waiting.pop()) & SOURCES.keys() - found:
+            found.add(name)
+            waiting.append(name)
+    return found
+
+
+def test_every_part_is_there() -> None:
+    ours = {name.removeprefix("gpt2_ddp.") for name in SOURCES if name.startswith("gpt2_ddp.")}
+    parts = {"config", "optim", "data", "checkpoint", "metrics", "validation", "hellaswag", "sampling", "pretrained"}
+    assert FOUNDATION | parts | {"train"} <= ours
+    assert not {"utils", "helpers", "common", "misc"} & {name.split(".")[-1] for name in SOURCES}
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_point_one_way(module: str) -> None:
+    package, name = module.split(".")[0], module.removeprefix("gpt2_ddp.")
+    found = imported(module)
+    foundation = {f"gpt2_ddp.{part}" for part in FOUNDATION}
+    composers = {f"gpt2_ddp.{part}" for part in COMPOSERS}
+    if module == "gpt2_ddp" or name in FOUNDATION:
+        assert not found
+    elif package == "gpt2_ddp" and name in COMPOSERS:
+        assert {other.split(".")[0] for other in found} <= {"gpt2_ddp"}
+    elif package == "gpt2_ddp":
+        assert found <= foundation
+    elif package == "data_prep":
+        ours = {other for other in found if other.startswith("data_prep")}
+        assert found - ours <= {"gpt2_ddp.tokenizer", "gpt2_ddp.shards", "gpt2_ddp.cli"}
+    elif package == "eval":
+        assert not reached(module) & composers
+        assert {other.split(".")[0] for other in found} <= {"gpt2_ddp", "eval"}
+    else:
+        assert {other.split(".")[0] for other in found} <= {"launch"}
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    assert [module for module in SOURCES if module in reached(module)] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"), [("eval.__main__", ["gpt2_ddp.train"]), ("launch.__main__", ["gpt2_ddp", "eval"])]
+)
+def test_what_a_command_really_loads(module: str, unwanted: list[str]) -> None:
+    script = f"import sys, {module}; print([name for name in {unwanted} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+IMPORT_TWICE = """
+import importlib, os, random, signal, sys
+modules = sys.argv[1:]
+for name in modules:  # the first time brings along libraries that do what they like
+    importlib.import_module(name)
+import numpy, torch
+
+def world():
+    handlers = [signal.getsignal(number) for number in range(1, signal.NSIG) if number not in (9, 19)]
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    generators = torch.get_rng_state().tolist(), random.getstate(), repr(numpy.random.get_state())
+    return dict(os.environ), handlers, threads, precision, generators, torch.is_grad_enabled(), os.getcwd()
+
+done = []
+def watch(event, arguments):
+    writes = event == "open" and not isinstance(arguments[2], type(None)) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event.split(".")[0] in ("subprocess", "socket", "ctypes") or event in ("os.mkdir", "os.putenv"):
+        done.append((event, arguments))
+
+before = world()
+for name in [name for name in sys.modules if name.split(".")[0] in ("gpt2_ddp", "data_prep", "eval", "launch")]:
+    del sys.modules[name]
+sys.addaudithook(watch)
+for name in modules:
+    importlib.import_module(name)
+found = list(done)
+assert not found, found
+assert world() == before
+"""
+
+
+def test_importing_does_nothing() -> None:
+    command = [sys.executable, "-B", "-c", IMPORT_TWICE, *SOURCES]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert {f.name: length for f in functions if (length := f.end_lineno - f.lineno + 1) > 50} == {}
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_source_keeps_to_the_rules(module: str) -> None:
+    tree = ast.parse(SOURCES[module].read_text())
+    assert ast.get_docstring(tree) or not tree.body, "a module says what it is"
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: a global is mutated"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, "no pickle"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & {"pickle", "dill", "cloudpickle", "joblib"}, "no pickle"
+    for node in filter(is_dataclass, ast.walk(tree)):
+        keywords = itertools.chain.from_iterable(getattr(d, "keywords", []) for d in node.decorator_list)
+        chosen = {keyword.arg for keyword in keywords}
+        assert "frozen" not in chosen or "kw_only" in chosen, f"{node.name}: the fields of a value go by name"
+
+
+def is_dataclass(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list)
