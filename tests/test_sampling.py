@@ -1,0 +1,136 @@
+"""`generate` draws from the distribution that its settings define, and touches nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from gpt2_ddp.model import GPT, SIZES, GPTConfig
+from gpt2_ddp.pretrained import hf_config, to_hf
+from gpt2_ddp.sampling import generate
+from gpt2_ddp.tokenizer import EOT
+
+SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
+
+
+def sharp(config: GPTConfig, seed: int = 0) -> GPT:
+    """A model whose next tokens are far from equally likely."""
+    model = GPT(config).init_weights(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(12 if name == "wte.weight" else 25)
+    return model
+
+
+def test_temperature_0_is_the_greedy_decoding_of_transformers() -> None:
+    model = sharp(SMALL)
+    theirs = GPT2LMHeadModel(GPT2LMHeadModel.config_class(**hf_config(SMALL)))
+    theirs.load_state_dict(to_hf(model.state_dict()), strict=False)
+    theirs.tie_weights()
+    prompt = torch.tensor([[1, 2, 3], [7, 7, 9]])
+    expected = theirs.eval().generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(generate(model, prompt, max_new_tokens=12, temperature=0), expected)
+    assert len(set(expected[0].tolist())) > 4  # a loop on one token would show little
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, None), (1.5, 5), (1.0, 1), (1.0, 1000)])
+def test_draws_follow_the_softmax_of_the_likeliest(temperature: float, top_k: int | None) -> None:
+    model, prompt, draws = sharp(SMALL), [3, 1, 4, 1, 5], 20_000
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]))[0, -1].double() / temperature
+    kept = logits.sort(descending=True).indices[: top_k or 40]
+    expected = torch.zeros(40, dtype=torch.float64)
+    expected[kept] = logits[kept].exp() / logits[kept].exp().sum()
+
+    assert 0.05 < expected.max() < (0.9 if top_k != 1 else 1.1)
+    rows = generate(model, [prompt] * draws, max_new_tokens=1, temperature=temperature, top_k=top_k, seed=5)
+    found = torch.bincount(rows[:, -1], minlength=40).double() / draws
+    assert not found[expected == 0].any()
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all()
+
+
+def test_padding_ids_are_never_drawn_however_likely() -> None:
+    model = GPT(SIZES["gpt2-nano"]).init_weights(0)
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[50257:] = 1.0  # each of them has the largest logit by far
+        assert (model(torch.tensor([[5]]))[0, -1].argmax() >= 50257).all()
+    for settings in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 3.0, "top_k": 20}):
+        rows = generate(model, [[5]] * 50, max_new_tokens=4, **settings)
+        assert int(rows.max()) < 50257
+
+
+def test_the_same_seed_draws_the_same_and_rows_differ() -> None:
+    model = sharp(SMALL)
+    rows = generate(model, [[1]] * 3, max_new_tokens=30, seed=11)
+    assert torch.equal(rows, generate(model, [[1]] * 3, max_new_tokens=30, seed=11))
+    assert not torch.equal(rows, generate(model, [[1]] * 3, max_new_tokens=30, seed=12))
+    assert len(set(map(tuple, rows.tolist()))) == 3
+
+
+def test_training_is_left_as_it_was() -> None:
+    model = sharp(replace(SMALL, dropout=0.5)).train()
+    still = generate(sharp(SMALL).eval(), [1, 2], max_new_tokens=8)
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    assert torch.equal(generate(model, [1, 2], max_new_tokens=8), still)  # no dropout
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    generate(model.eval(), [1, 2], max_new_tokens=1)
+    assert not model.training
+    with pytest.raises(IndexError):
+        generate(model.train(), [39, 41], max_new_tokens=1)  # a token that this model does not have
+    assert model.training
+
+
+def test_only_the_last_block_size_tokens_count() -> None:
+    model = sharp(SMALL)
+    prompt = torch.randint(40, (1, 30), generator=torch.Generator().manual_seed(0))
+    long, short = generate(model, prompt, max_new_tokens=5), generate(model, prompt[:, -16:], max_new_tokens=5)
+    assert torch.equal(long[:, 30:], short[:, 16:])
+    assert torch.equal(long[:, :30], prompt)
+
+
+def test_rows_that_end_stay_ended_and_all_ended_stops() -> None:
+    model = GPT(replace(SIZES["gpt2-nano"], block_size=64)).init_weights(0)
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[EOT] = 9.0 / 64  # a logit of 9 against 50,256 of about 0: a seventh of the draws
+    rows = generate(model, [[5]] * 8, max_new_tokens=100, seed=3, stop_at_eot=True)
+    assert 3 < rows.shape[1] < 100
+    ends = [row.index(EOT) for row in rows.tolist()]
+    assert len(set(ends)) > 1
+    assert max(ends) == rows.shape[1] - 1
+    assert all(set(row[end:]) == {EOT} for row, end in zip(rows.tolist(), ends, strict=True))
+    free = generate(model, [[5]] * 8, max_new_tokens=20, seed=3)
+    assert free.shape[1] == 21
+    for row, other, end in zip(rows.tolist(), free.tolist(), ends, strict=True):
+        assert row[: min(end, 20) + 1] == other[: min(end, 20) + 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "at least one token"),
+        ([50257], {}, "0 to 50256"),
+        ([-1], {}, "0 to 50256"),
+        ([1], {"temperature": -0.1}, "temperature -0.1"),
+        ([1], {"temperature": float("nan")}, "temperature nan"),
+        ([1], {"top_k": 0}, "top-k 0"),
+        ([1], {"max_new_tokens": -1}, "-1 new tokens"),
+    ],
+)
+def test_bad_settings_are_refused(prompt: list[int], settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(sharp(SMALL), prompt, **{"max_new_tokens": 1, **settings})
