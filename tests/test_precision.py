@@ -1,0 +1,108 @@
+"""Design section 8 as a table: which number format on which hardware, without the hardware."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2_ddp.precision import Hardware, Precision, choose_compile, choose_dtype, found_hardware, peak_flops
+
+CPU = torch.device("cpu")
+MACHINES = {
+    "P100": Hardware(device_type="cuda", name="Tesla P100-PCIE-16GB", capability=(6, 0)),
+    "V100": Hardware(device_type="cuda", name="Tesla V100-SXM2-16GB", capability=(7, 0)),
+    "T4": Hardware(device_type="cuda", name="Tesla T4", capability=(7, 5)),
+    "A100": Hardware(device_type="cuda", name="NVIDIA A100-SXM4-80GB", capability=(8, 0)),
+    "H100": Hardware(device_type="cuda", name="NVIDIA H100 80GB HBM3", capability=(9, 0)),
+    "H100 PCIe": Hardware(device_type="cuda", name="NVIDIA H100 PCIe", capability=(9, 0)),
+    "new CPU": Hardware(device_type="cpu", name="CPU", cpu_bf16=True),
+    "old CPU": Hardware(device_type="cpu", name="CPU", cpu_bf16=False),
+    "Mac": Hardware(device_type="mps"),
+}
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        ("P100", torch.float32),
+        ("V100", torch.float16),
+        ("T4", torch.float16),
+        ("A100", torch.bfloat16),
+        ("H100", torch.bfloat16),
+        ("new CPU", torch.bfloat16),
+        ("old CPU", torch.float32),
+        ("Mac", torch.float32),
+    ],
+)
+def test_auto_takes_what_the_hardware_is_good_at(machine: str, expected: torch.dtype) -> None:
+    assert choose_dtype("auto", MACHINES[machine]) == (expected, None)
+
+
+@pytest.mark.parametrize(("machine", "better"), [("T4", "float16"), ("V100", "float16"), ("old CPU", "float32")])
+def test_emulated_bfloat16_is_obeyed_with_a_warning(machine: str, better: str) -> None:
+    dtype, warning = choose_dtype("bfloat16", MACHINES[machine])
+    assert dtype == torch.bfloat16
+    assert warning is not None
+    assert "emulate" in warning
+    assert f"--dtype {better}" in warning
+
+
+@pytest.mark.parametrize("machine", sorted(MACHINES))
+def test_what_is_asked_for_is_obeyed(machine: str) -> None:
+    hardware = MACHINES[machine]
+    assert choose_dtype("float16", hardware) == (torch.float16, None)
+    assert choose_dtype("float32", hardware) == (torch.float32, None)
+    assert choose_dtype("bfloat16", hardware)[0] == torch.bfloat16
+    assert choose_compile("on", hardware)
+    assert not choose_compile("off", hardware)
+
+
+@pytest.mark.parametrize("machine", ["A100", "H100", "new CPU"])
+def test_native_bfloat16_needs_no_warning(machine: str) -> None:
+    assert choose_dtype("bfloat16", MACHINES[machine]) == (torch.bfloat16, None)
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "tera"),
+    [
+        ("T4", torch.float16, 65),
+        ("T4", torch.float32, 8.1),
+        ("T4", torch.bfloat16, None),
+        ("V100", torch.float16, 125),
+        ("A100", torch.bfloat16, 312),
+        ("A100", torch.float32, 156),
+        ("H100", torch.bfloat16, 989),
+        ("H100 PCIe", torch.bfloat16, 756),
+        ("P100", torch.float32, None),
+        ("new CPU", torch.bfloat16, None),
+        ("Mac", torch.float32, None),
+    ],
+)
+def test_peaks_of_the_data_sheets(machine: str, dtype: torch.dtype, tera: float | None) -> None:
+    assert peak_flops(MACHINES[machine], dtype) == (tera and tera * 1e12)
+
+
+def test_a_name_that_only_resembles_a_known_one_has_no_peak() -> None:
+    for name in ("NVIDIA T400", "Quadro T4000", "NVIDIA L40S", "NVIDIA A1000", "NVIDIA A10"):
+        assert peak_flops(Hardware(device_type="cuda", name=name, capability=(8, 9)), torch.float16) is None, name
+
+
+def test_this_cpu_is_what_linux_says_it_is() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else pytest.skip("no Linux")
+    if not {"avx2", "sse2"} & set(flags):
+        pytest.skip("no x86 processor")
+    hardware = found_hardware(CPU)
+    assert hardware.device_type == "cpu"
+    assert hardware.cpu_bf16 == bool({"avx512_bf16", "amx_bf16"} & set(flags))
+
+
+def test_weights_stay_float32_and_matmuls_change() -> None:
+    linear, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        precision = Precision.of(dtype, CPU)
+        with precision.autocast():
+            assert linear(x).dtype == dtype
+        assert linear.weight.dtype == torch.float32
+        assert precision.scaler.is_enabled() == (dtype == torch.float16)
