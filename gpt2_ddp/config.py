@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,15 +120,15 @@ class TrainConfig:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
                      "keep_checkpoints", "skip_limit", "spike_guard",
-                     "spike_limit", "check_ranks_every", "max_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
-            if getattr(self, name) < 0:
-                faults.append(f"{flag(name)} {getattr(self, name)} must not be negative")
+                     "spike_limit", "check_ranks_every", "max_lr", "min_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
+            if not 0 <= (getattr(self, name) or 0) < math.inf:  # refuses nan too
+                faults.append(f"{flag(name)} {getattr(self, name)} must be 0 or a positive number")
         for name in ("dropout", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 0 and below 1")
         if self.val_every and self.val_tokens < self.sequence_length:
             faults.append(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")
-        if self.timeout <= 0:
+        if not 0 < self.timeout < math.inf:
             faults.append(f"--timeout {self.timeout} must be positive")
         if faults:
             raise ValueError("; ".join(faults))

@@ -1,0 +1,158 @@
+"""What a run writes about itself (design section 6): the console line, metrics.jsonl, status.json, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gpt2_ddp.metrics import FileLog, NullLog, StepMetrics, cut_metrics, memory_mb, replace_file
+
+TRAIN_FIELDS = [
+    "event", "step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_sec", "mfu", "tokens_seen", "data_hash",
+    "memory_mb", "skipped",
+]  # fmt: skip
+
+
+def step_metrics(step: int = 18, **changed: object) -> StepMetrics:
+    values = {
+        "step": step, "loss": 8.8689594, "lr": 1.59440559e-05, "grad_norm": 3.53431, "step_ms": 11944.7608,
+        "tokens_per_sec": 2743.296, "mfu": None, "tokens_seen": 589824, "data_hash": "ab", "memory_mb": 512.5,
+        "skipped": 0,
+    }  # fmt: skip
+    return StepMetrics(**(values | changed))
+
+
+def lines(out_dir: Path) -> list[dict[str, object]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (out_dir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_the_console_line_is_the_designs_to_the_letter() -> None:
+    expected = "step 18 | loss: 8.868959 | lr 1.5944e-05 | norm: 3.5343 | dt: 11944.76ms | tok/sec: 2743.30"
+    assert step_metrics().console_line() == expected
+
+
+def test_events_go_to_metrics_jsonl_as_they_happen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = FileLog(tmp_path, resumed_step=0)
+    log.event("start", step=0, world_size=2)
+    log.train(step_metrics(1))
+    assert [entry["event"] for entry in lines(tmp_path)] == ["start", "train"]  # before the log is closed
+    log.event("val", step=1, val_loss=3.25, tokens=4096)
+    log.close()
+    start, train, val = lines(tmp_path)
+    assert start == {"event": "start", "step": 0, "world_size": 2}
+    assert list(train) == TRAIN_FIELDS
+    assert train["mfu"] is None
+    assert train["loss"] == 8.8689594
+    assert val == {"event": "val", "step": 1, "val_loss": 3.25, "tokens": 4096}
+    assert capsys.readouterr().out == step_metrics(1).console_line() + "\n"
+
+
+def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
+    log = FileLog(tmp_path, resumed_step=0)
+    log.train(step_metrics(1, loss=math.nan, grad_norm=math.inf))
+    log.event("val", step=1, val_loss=-math.inf)
+    log.close()
+    train, val = lines(tmp_path)
+    assert (train["loss"], train["grad_norm"], val["val_loss"]) == (None, None, None)
+
+
+def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
+    log = FileLog(tmp_path, resumed_step=0)
+    log.event("start", step=0)
+    for step in range(1, 9):
+        log.train(step_metrics(step))
+        if step % 4 == 0:
+            log.event("val", step=step, val_loss=1.0)
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"event": "train", "step": 9, "lo')  # what a killed process leaves
+    log = FileLog(tmp_path, resumed_step=5)
+    log.event("start", step=5)
+    for step in range(6, 11):
+        log.train(step_metrics(step))
+    log.close()
+    found = [(entry["event"], entry["step"]) for entry in lines(tmp_path)]
+    expected = [("start", 0), *(("train", step) for step in range(1, 5)), ("val", 4), ("train", 5), ("start", 5)]
+    assert found == [*expected, *(("train", step) for step in range(6, 11))]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"event": "train", "st', b"\xff\xfe\x00", b"[1, 2]\n", b"null\n", b'{"a": 1}\n', b"\n"]
+)
+def test_lines_that_are_none_are_dropped(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"event": "train", "step": 3}\n'
+    path.write_bytes(good + torn)
+    cut_metrics(path, 3)
+    assert path.read_bytes() == good
+    cut_metrics(path, 2)
+    assert path.read_bytes() == b""
+    cut_metrics(tmp_path / "absent.jsonl", 2)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_status_is_replaced_whole(tmp_path: Path) -> None:
+    log = FileLog(tmp_path, resumed_step=0)
+    log.status("running", step=0)
+    with open(tmp_path / "status.json") as reader:  # keeps the old file: it is replaced, not written over
+        log.status("failed", step=7, error="RuntimeError: x")
+        assert json.load(reader) == {"state": "running", "step": 0}
+    log.close()
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": "failed",
+        "step": 7,
+        "error": "RuntimeError: x",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "status.json"]
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    path.write_text("before")
+    (tmp_path / "status.json.tmp").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        replace_file(path, "after")
+    assert path.read_text() == "before"
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = FileLog(tmp_path, resumed_step=0, tensorboard=True)
+    for step in (1, 2, 3):
+        log.train(step_metrics(step, loss=10.0 - step))
+        log.event("val", step=step, val_loss=20.0 - step)
+    log.close()
+    log = FileLog(tmp_path, resumed_step=2, tensorboard=True)
+    log.train(step_metrics(3, loss=0.5))
+    log.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("val/val_loss")] == [(1, 19.0), (2, 18.0)]
+    assert "train/grad_norm" in events.Tags()["scalars"]
+
+
+def test_the_other_ranks_say_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = NullLog()
+    log.say("x")
+    log.event("val", step=1, val_loss=1.0)
+    log.train(step_metrics())
+    log.status("running", step=1)
+    log.close()
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_is_in_mebibytes() -> None:
+    assert memory_mb(3 << 20) == 3.0
+    assert memory_mb(None) == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
