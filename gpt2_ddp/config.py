@@ -119,8 +119,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
-                     "keep_checkpoints", "skip_limit", "spike_guard",
-                     "spike_limit", "check_ranks_every", "max_lr", "min_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
+                     "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit", "check_ranks_every", "max_lr",
+                     "min_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
             if not 0 <= (getattr(self, name) or 0) < math.inf:  # refuses nan too
                 faults.append(f"{flag(name)} {getattr(self, name)} must be 0 or a positive number")
         for name in ("dropout", "beta1", "beta2"):
