@@ -1,0 +1,1 @@
+"""Text to token shards: `python -m data_prep --help`."""

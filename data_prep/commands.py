@@ -1,0 +1,189 @@
+"""The subcommands: what to read, where to write, what to do next."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from tyro.conf import Positional
+
+from .files import Files
+from .prepare import Settings, prepare
+from .sources import PythonTopics, Source
+
+# hub.py is imported where it is used: the `datasets` library takes seconds to load.
+
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_BYTES = 1_115_394
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """What all the commands that write shards share."""
+
+    out: Path
+    """Directory for the shards. Run the same command again after an interruption: it goes on."""
+    shard_tokens: int = 100_000_000
+    """Tokens in a shard."""
+    val_tokens: int | None = None
+    """Validation split: the first documents, until they have this many tokens."""
+    val_fraction: float | None = None
+    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said)."""
+    workers: int | None = None
+    """Tokenizing processes; all physical cores if nothing is said. The shards do not depend on it."""
+
+    default_val_tokens: ClassVar[int | None] = None
+
+    def source(self) -> Source:
+        """Where the documents come from."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """Write the shards and say what to do with them."""
+        unsaid = self.val_tokens is None and self.val_fraction is None
+        val_tokens = self.default_val_tokens if unsaid else self.val_tokens
+        val_fraction = 0.01 if unsaid and val_tokens is None else self.val_fraction
+        settings = Settings(shard_tokens=self.shard_tokens, val_tokens=val_tokens, val_fraction=val_fraction)
+        manifest = prepare(self.source(), self.out, settings, self.workers)
+        for split, documents in manifest.documents.items():
+            shards = [record for record in manifest.shards if record.name.startswith(split)]
+            tokens = sum(record.tokens for record in shards)
+            count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+            print(f"{split}: {tokens:,} tokens of {documents:,} documents in {count} in {self.out}")
+        print(f"next: python train_gpt2.py --data-dir {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Shards):
+    """The Python language reference that ships inside Python: about 110k tokens, no network."""
+
+    default_val_tokens: ClassVar[int | None] = 10_000
+
+    def source(self) -> Source:
+        return PythonTopics()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Shards):
+    """Files of .txt, .jsonl and .parquet.
+
+    A document is a line of .jsonl, a row of .parquet, or a .txt file; a .txt file longer than 64 KiB is cut at
+    blank lines into documents of about that size.
+    """
+
+    paths: Positional[tuple[str, ...]]
+    """Files, folders and glob patterns."""
+    text_field: str = "text"
+    """Field of .jsonl and column of .parquet that holds the text."""
+
+    def source(self) -> Source:
+        if not self.paths:
+            raise ValueError("no file given; python -m data_prep text FILE_OR_FOLDER... --out DIR")
+        return Files(paths=self.paths, text_field=self.text_field)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(Shards):
+    """Any data set of the Hugging Face hub, or a local directory that the `datasets` library reads."""
+
+    dataset: Positional[str]
+    """Name on the hub (OWNER/NAME) or directory."""
+    config: str | None = None
+    """Configuration of the data set, if it has several."""
+    split: str = "train"
+    """Which of its splits to read; shards for validation are taken from it."""
+    revision: str | None = None
+    """Branch, tag or commit; the manifest keeps the commit."""
+    streaming: bool = False
+    """Read it as it arrives, without a copy on this disk."""
+    text_field: str = "text"
+    """Column that holds the text."""
+
+    def source(self) -> Source:
+        from .hub import hub_source
+
+        return hub_source(
+            self.dataset,
+            config=self.config,
+            split=self.split,
+            revision=self.revision,
+            streaming=self.streaming,
+            text_field=self.text_field,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinewebEdu(Hub):
+    """FineWeb-Edu, by default its sample of 10 billion tokens."""
+
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """Name on the hub or directory."""
+    config: str | None = "sample-10BT"
+    """Which sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shakespeare(Shards):
+    """Tiny Shakespeare: 1.1 MB of plays, about 338k tokens."""
+
+    file: Path | None = None
+    """The text, where it is on this disk; it is downloaded if nothing is said."""
+
+    default_val_tokens: ClassVar[int | None] = 30_000
+
+    def source(self) -> Source:
+        path = self.file or downloaded_shakespeare(self.out)
+        revision = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Files(paths=(str(path),), text_field="text", revision=revision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwag:
+    """HellaSwag's validation set as JSON lines, for `python -m eval hellaswag`."""
+
+    out: Path
+    """Directory for hellaswag_val.jsonl."""
+    dataset: str = "Rowan/hellaswag"
+    """Name on the hub, or directory that the `datasets` library reads."""
+    split: str = "validation"
+    """Which of its splits to read."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+
+    def run(self) -> None:
+        """Write the file and say what to do with it."""
+        from .hub import write_hellaswag
+
+        path = self.out / "hellaswag_val.jsonl"
+        count = write_hellaswag(self.dataset, split=self.split, revision=self.revision, path=path)
+        print(f"{count:,} examples in {path}")
+        print(f"next: python -m eval hellaswag --model gpt2 --data {path}")
+
+
+def downloaded_shakespeare(directory: Path) -> Path:
+    """The text in `directory`, downloaded if it is not there.
+
+    Raises:
+        ValueError: where there is no network, and for another text than the one known by its SHA-256.
+    """
+    path = directory / "tinyshakespeare.txt"
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=10) as response:
+            text = response.read(SHAKESPEARE_BYTES + 1)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise ValueError(f"no network for {SHAKESPEARE_URL} ({error}); give the text by --file") from error
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(f"{SHAKESPEARE_URL} is not the text that was expected; give the text by --file")
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished.write_bytes(text)
+    unfinished.replace(path)
+    return path

@@ -1,0 +1,115 @@
+"""Documents from .txt, .jsonl and .parquet files, folders and patterns."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .formats import ParquetRows, Piece, json_documents, parquet_pieces, text_documents
+from .sources import CHUNK_BYTES
+
+KINDS = (".txt", ".jsonl", ".parquet")
+CHUNK_FILES = 256
+
+
+@dataclass(kw_only=True)
+class Files:
+    """A document is a line of .jsonl, a row of .parquet, or a .txt file, a long one cut at blank lines.
+
+    Not frozen: a worker keeps its place in a Parquet file.
+    """
+
+    paths: tuple[str, ...]
+    """Files, folders and glob patterns; a folder's files are taken in the order of their names."""
+    text_field: str
+    revision: str = ""
+    _rows: ParquetRows | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.revision = self.revision or self._digest()
+
+    @property
+    def name(self) -> str:
+        return f"{' '.join(self.paths)}, field {self.text_field}"
+
+    def chunks(self, first: int) -> Iterator[list[Piece]]:
+        number, chunk, size = 0, list[Piece](), 0
+        for piece in self._pieces():
+            chunk.append(piece)
+            size += CHUNK_BYTES if piece.path.suffix == ".parquet" else piece.stop - piece.start
+            if size >= CHUNK_BYTES or len(chunk) == CHUNK_FILES:
+                if number >= first:
+                    yield chunk
+                number, chunk, size = number + 1, [], 0
+        if chunk and number >= first:
+            yield chunk
+
+    def documents(self, chunk: list[Piece]) -> Iterable[str | None]:
+        for piece in chunk:
+            if piece.path.suffix == ".txt":
+                yield from text_documents(piece)
+            elif piece.path.suffix == ".jsonl":
+                yield from json_documents(piece, self.text_field)
+            else:
+                if self._rows is None or not self._rows.leads_to(piece):
+                    self._rows = ParquetRows(piece, self.text_field)
+                yield from self._rows.take(piece)
+
+    def _digest(self) -> str:
+        """Changes when a file is added, removed, renamed or written; reads no file."""
+        digest, found = hashlib.sha256(), False
+        for path in _files(self.paths):
+            found, status = True, path.stat()
+            digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+        if not found:
+            raise ValueError(f"no {', '.join(KINDS)} file in {' '.join(self.paths)}")
+        return digest.hexdigest()
+
+    def _pieces(self) -> Iterator[Piece]:
+        for path in _files(self.paths):
+            if path.suffix == ".parquet":
+                yield from parquet_pieces(path, self.text_field)
+                continue
+            size = path.stat().st_size
+            for start in range(0, size, CHUNK_BYTES):
+                yield Piece(path=path, start=start, stop=min(start + CHUNK_BYTES, size))
+
+
+def _files(arguments: tuple[str, ...]) -> Iterator[Path]:
+    for path in _distinct(arguments):
+        if path.is_dir():
+            yield from _files_under(path)
+        elif path.is_file() and path.suffix in KINDS:
+            yield path
+        else:
+            raise ValueError(f"{path}: not a file that ends in {', '.join(KINDS)}")
+
+
+def _files_under(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            if path.suffix in KINDS and path.is_file():
+                yield path
+
+
+def _distinct(arguments: tuple[str, ...]) -> list[Path]:
+    """The paths that the arguments stand for; one within another would put its documents in twice."""
+    paths: dict[Path, Path] = {}
+    for argument in arguments:
+        exact = os.path.lexists(argument)
+        matches = [argument] if exact else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  may be absolute
+        if not matches:
+            raise ValueError(f"{argument}: no such file or folder")
+        for match in map(Path, matches):
+            if match.resolve() in paths:
+                raise ValueError(f"{match}: given twice")
+            paths[match.resolve()] = match
+    for path in paths:
+        if outer := next((parent for parent in path.parents if parent in paths), None):
+            raise ValueError(f"{paths[path]}: given twice, also as part of {paths[outer]}")
+    return list(paths.values())

@@ -1,0 +1,170 @@
+"""Pieces of .txt, .jsonl and .parquet files to documents. A piece is read without the pieces before it."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
+
+DOCUMENT_BYTES = 1 << 16
+"""A longer .txt file is cut at blank lines into documents of about this size, so that it is never in memory whole."""
+PARQUET_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Part of a file: bytes of .txt and .jsonl, rows of one row group of .parquet."""
+
+    path: Path
+    start: int
+    stop: int
+    row_group: int = 0
+
+
+def text_documents(piece: Piece) -> Iterator[str]:
+    """The documents of a .txt file whose numbers times `DOCUMENT_BYTES` lie in the piece.
+
+    Raises:
+        ValueError: for bytes that are not UTF-8.
+    """
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        text = file.read(piece.stop - piece.start + DOCUMENT_BYTES)
+    begin = _cut(text, 0) if piece.start else 0
+    for target in range(DOCUMENT_BYTES, piece.stop - piece.start + DOCUMENT_BYTES, DOCUMENT_BYTES):
+        end = _cut(text, target)
+        document = text[begin:end].removeprefix(codecs.BOM_UTF8 if piece.start + begin == 0 else b"")
+        try:
+            yield document.decode()
+        except UnicodeDecodeError as error:
+            at = piece.start + end - len(document) + error.start
+            raise ValueError(f"{piece.path}: not UTF-8 text at byte {at}; convert it") from error
+        begin = end
+
+
+def _cut(text: bytes, target: int) -> int:
+    """Where to cut near `target`: after the next blank line, or line, or before the next character.
+
+    At most `DOCUMENT_BYTES` further on, so that neighbouring pieces find the same cuts.
+    """
+    window = text[target : target + DOCUMENT_BYTES]
+    found = re.search(rb"\n[ \t\r]*\n", window) or re.search(rb"\n", window)
+    if found:
+        return target + found.end()
+    inside_character = re.match(rb"[\x80-\xbf]{0,3}", window)
+    return target + (inside_character.end() if inside_character else 0)
+
+
+def json_documents(piece: Piece, text_field: str) -> Iterator[str | None]:
+    """The texts of the lines of a .jsonl file that begin within the piece.
+
+    Raises:
+        ValueError: for a line that is not a JSON object with that field, by its number.
+    """
+    with open(piece.path, "rb") as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline(piece.stop - piece.start + 1)
+        while (begin := file.tell()) < piece.stop and (line := file.readline()):
+            if line.isspace():
+                continue
+            try:
+                yield _text_of(json.loads(line), text_field)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{piece.path}, line {_line_number(piece.path, begin)}: {error}") from error
+
+
+def _text_of(record: object, text_field: str) -> str | None:
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    text = record.get(text_field)
+    if text_field not in record or not isinstance(text, str | None):
+        raise ValueError(
+            f"no text in {text_field!r}; choose --text-field among {', '.join(map(repr, record))[:200] or 'none'}"
+        )
+    return text
+
+
+def _line_number(path: Path, offset: int) -> int:
+    count = 1
+    with open(path, "rb") as file:
+        while offset > 0 and (block := file.read(min(offset, 1 << 20))):
+            count += block.count(b"\n")
+            offset -= len(block)
+    return count
+
+
+def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
+    """The row groups of a .parquet file, in pieces of at most `PARQUET_ROWS` rows and a few megabytes.
+
+    Raises:
+        ValueError: for a file that is not Parquet or has no such column of text.
+    """
+    with _open_parquet(path, text_field) as file:
+        for index in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(index)
+            row_bytes = group.total_byte_size // max(1, group.num_rows)
+            rows = min(PARQUET_ROWS, max(1, (1 << 22) // max(1, row_bytes)))
+            for start in range(0, group.num_rows, rows):
+                yield Piece(path=path, start=start, stop=min(start + rows, group.num_rows), row_group=index)
+
+
+class ParquetRows:
+    """The texts of one row group, read forwards in constant memory."""
+
+    def __init__(self, piece: Piece, text_field: str) -> None:
+        self._path, self._row_group, self._next = piece.path, piece.row_group, 0
+        self._file = _open_parquet(piece.path, text_field)
+        self._batches = self._file.iter_batches(PARQUET_ROWS, row_groups=[piece.row_group], columns=[text_field])
+        self._texts: Any = pyarrow.array([])
+
+    def leads_to(self, piece: Piece) -> bool:
+        """Whether `piece` lies ahead."""
+        return (self._path, self._row_group) == (piece.path, piece.row_group) and self._next <= piece.start
+
+    def take(self, piece: Piece) -> Iterator[str | None]:
+        """The texts of `piece`; rows before it are skipped."""
+        while self._next < piece.stop:
+            if not len(self._texts):
+                with _errors_named(piece.path):
+                    self._texts = next(self._batches).column(0)
+            skipped = self._next < piece.start
+            count = min(len(self._texts), (piece.start if skipped else piece.stop) - self._next)
+            taken, self._texts = self._texts.slice(0, count), self._texts.slice(count)
+            self._next += count
+            if not skipped:
+                yield from taken.to_pylist()
+
+
+def _open_parquet(path: Path, text_field: str) -> Any:
+    with _errors_named(path):
+        file = pyarrow.parquet.ParquetFile(path)
+    schema = file.schema_arrow
+    if text_field not in schema.names or not _is_text(schema.field(text_field).type):
+        texts = [field.name for field in schema if _is_text(field.type)]
+        raise ValueError(f"{path}: no text column {text_field!r}; choose --text-field among {', '.join(texts)}")
+    return file
+
+
+def _is_text(kind: Any) -> bool:
+    if pyarrow.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+
+
+@contextlib.contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{path}: not a whole Parquet file: {error}") from error

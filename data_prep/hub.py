@@ -1,0 +1,137 @@
+"""Data sets through the `datasets` library: from the Hugging Face hub, its cache, or a local directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+from .sources import DatasetRows, DatasetStream, Source
+
+NETWORK_SECONDS = 10.0
+
+
+def hub_source(
+    name: str, *, config: str | None, split: str, revision: str | None, streaming: bool, text_field: str
+) -> Source:
+    """The column `text_field` of a data set.
+
+    Raises:
+        ValueError: where the data set, its split or its column is not there, or the hub cannot be reached.
+    """
+    revision = resolved_revision(name, revision)
+    data = load(name, config=config, split=split, revision=revision, streaming=streaming)
+    columns = data.column_names or []
+    if text_field not in columns:
+        raise ValueError(f"{name}: no column {text_field!r}; choose --text-field among {', '.join(columns)}")
+    if getattr(data.features[text_field] if data.features else None, "dtype", "string") not in (
+        "string",
+        "large_string",
+    ):
+        raise ValueError(f"{name}: column {text_field!r} is {data.features[text_field]}, not text")
+    parts = [name, config, split, f"field {text_field}", "streamed" if streaming else None]
+    title = ", ".join(part for part in parts if part)
+    column = data.select_columns([text_field])
+    if streaming:
+        return DatasetStream(name=title, revision=revision, stream=column, field=text_field)
+    return DatasetRows(name=title, revision=revision, rows=column, field=text_field)
+
+
+def resolved_revision(name: str, revision: str | None) -> str:
+    """The commit that `revision` (a branch or tag, `main` by default) names now; of a directory, a digest of its files.
+
+    Raises:
+        ValueError: if the hub cannot be reached or has no such data set.
+    """
+    if Path(name).is_dir():
+        return _directory_digest(Path(name))
+    try:
+        api = huggingface_hub.HfApi()
+        commit = api.dataset_info(name, revision=revision, timeout=NETWORK_SECONDS).sha
+    except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
+        raise ValueError(f"{name}: {str(error).splitlines()[-1]}") from error
+    except OfflineModeIsEnabled:  # the user says that the data set is in the cache
+        return revision or "main"
+    except huggingface_hub.errors.HFValidationError as error:
+        raise ValueError(f"{name}: neither a directory here nor a data set's name: {error}") from error
+    except Exception as error:  # which network library fails, and how, depends on huggingface_hub's version
+        raise ValueError(
+            f"{name}: no network to the Hugging Face hub ({type(error).__name__}: {error}); run this where there is "
+            "one, with HF_HUB_OFFLINE=1 if the data set is in the cache, or give a directory of its files"
+        ) from error
+    return str(commit)
+
+
+def load(name: str, *, config: str | None, split: str, revision: str, streaming: bool = False) -> Any:
+    """The datasets.Dataset, or IterableDataset if `streaming`.
+
+    Raises:
+        ValueError: for whatever the library cannot find or read, in one line.
+    """
+    local = Path(name).is_dir()
+    with _one_line(name):
+        return datasets.load_dataset(
+            name, config, split=split, revision=None if local else revision, streaming=streaming
+        )
+
+
+def write_hellaswag(name: str, *, split: str, revision: str | None, path: Path) -> int:
+    """HellaSwag's examples as JSON lines; the number of them. The file appears when it is whole.
+
+    Raises:
+        ValueError: for an example that is not as in HellaSwag, and as `load`.
+    """
+    data = load(name, config=None, split=split, revision=resolved_revision(name, revision))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with open(unfinished, "w") as file:
+        for number, row in enumerate(data):
+            file.write(json.dumps(_hellaswag_example(row, f"{name}, row {number}")) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    return len(data)
+
+
+def _hellaswag_example(row: dict[str, Any], where: str) -> dict[str, Any]:
+    texts = ("activity_label", "ctx_a", "ctx_b", "ctx", "source_id")
+    missing = [field for field in (*texts, "ind", "endings", "label") if field not in row]
+    if missing:
+        raise ValueError(f"{where}: no {', '.join(missing)}; is this HellaSwag?")
+    if str(row["label"]) not in ("0", "1", "2", "3") or len(row["endings"]) != 4:
+        raise ValueError(
+            f"{where}: label {row['label']!r} of {len(row['endings'])} endings; the test split has no labels"
+        )
+    return {
+        "ind": row["ind"],
+        **{field: row[field] for field in texts[:4]},
+        "endings": list(row["endings"]),
+        "label": int(row["label"]),
+        "source_id": row["source_id"],
+    }
+
+
+def _directory_digest(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        status = path.stat()
+        digest.update(os.fsencode(f"{path.relative_to(directory)}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"{name}: {error}") from error

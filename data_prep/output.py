@@ -1,0 +1,236 @@
+"""Documents into the shards of two splits, so that an interruption at any moment loses little and breaks nothing.
+
+Tokens go to `NAME.part` files. A commit flushes these, writes the manifest with the number of the next chunk, and
+only then gives full parts their names; a restart finishes the renames and cuts the parts back to the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_ddp.shards import (
+    HEADER_BYTES,
+    MANIFEST,
+    PART,
+    Manifest,
+    ShardRecord,
+    Split,
+    Tokens,
+    flush_directory,
+    header,
+    read_manifest,
+    read_shard,
+    shard_name,
+    write_manifest,
+)
+
+from .encoding import EncodedChunk
+from .split import ValidationSplit, whole_documents
+
+COMMIT_TOKENS = 20_000_000
+"""At most this many tokens are tokenized again after an interruption."""
+
+
+class ShardPart:
+    """A shard being written, at `NAME.part`."""
+
+    def __init__(self, data_dir: Path, name: str, tokens: int) -> None:
+        """Begin a shard, or go on after its first `tokens` tokens, dropping what was written past them."""
+        self.path, self.name, self.tokens = data_dir / (name + PART), name, tokens
+        size = HEADER_BYTES + 2 * tokens
+        if tokens and not (self.path.is_file() and self.path.stat().st_size >= size):
+            raise ValueError(f"{self.path}: should hold {tokens} tokens; delete {data_dir} and prepare it again")
+        self._file = open(self.path, "r+b" if tokens else "w+b")  # noqa: SIM115  outlives this function
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def append(self, tokens: Tokens) -> None:
+        """Write (n,) uint16 after what is there."""
+        self._file.write(np.ascontiguousarray(tokens, "<u2").data)
+        self.tokens += len(tokens)
+
+    def flush(self) -> None:
+        """Return when everything appended is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def seal(self) -> ShardRecord:
+        """Write the header, flush and close."""
+        self._file.seek(0)
+        self._file.write(header(self.tokens))
+        self.flush()
+        self._file.seek(0)
+        digest = hashlib.sha256()
+        while block := self._file.read(1 << 20):
+            digest.update(block)
+        self._file.close()
+        return ShardRecord(name=self.name, tokens=self.tokens, sha256=digest.hexdigest())
+
+
+class ShardWriter:
+    """Writes what `begin` found to be missing. Only whole chunks are committed."""
+
+    def __init__(self, data_dir: Path, manifest: Manifest, shard_tokens: int, validation: ValidationSplit) -> None:
+        self.manifest = manifest
+        self._data_dir, self._shard_tokens, self._validation = data_dir, shard_tokens, validation
+        self._uncommitted = 0
+        self._sealed: list[ShardRecord] = []
+        self._documents = dict(manifest.documents)
+        self._shards: dict[Split, int] = {split: len(_records(manifest, split)) for split in manifest.documents}
+        self._parts: dict[Split, ShardPart] = {
+            split: ShardPart(data_dir, shard_name(split, self._shards[split]), tokens)
+            for split, tokens in manifest.unfinished.items()
+            if tokens
+        }
+
+    def write(self, chunk: EncodedChunk) -> None:
+        """Add the manifest's next chunk."""
+        self.manifest = replace(self.manifest, next_chunk=self.manifest.next_chunk + 1)
+        if not len(chunk.lengths):
+            return
+        in_val = self._validation.choose(chunk.lengths, chunk.digests)
+        runs = np.flatnonzero(np.diff(in_val)) + 1
+        for first, tokens in zip([0, *runs], np.split(chunk.tokens, chunk.lengths.cumsum()[runs - 1]), strict=True):
+            self._append("val" if in_val[first] else "train", tokens)
+        self._documents["train"] += int((~in_val).sum())
+        self._documents["val"] += int(in_val.sum())
+        self._uncommitted += len(chunk.tokens)
+        if self._sealed or self._uncommitted >= COMMIT_TOKENS:
+            self._commit()
+
+    def finish(self) -> Manifest:
+        """End the last shards and say so in the manifest.
+
+        Raises:
+            ValueError: if there is nothing to train on; then everything written is removed.
+        """
+        if self._documents["train"] == 0:
+            self._remove_all()
+            documents = self._documents["val"]
+            raise ValueError(
+                f"all {documents} documents fell in the validation split; lower --val-tokens or --val-fraction"
+                if documents
+                else f"no document with text in {self.manifest.source}"
+            )
+        for split in list(self._parts):
+            self._seal(split)
+        self._commit()
+        self.manifest = replace(self.manifest, complete=True)
+        write_manifest(self._data_dir, self.manifest)
+        return self.manifest
+
+    def _append(self, split: Split, tokens: Tokens) -> None:
+        while len(tokens):
+            if split not in self._parts:
+                self._parts[split] = ShardPart(self._data_dir, shard_name(split, self._shards[split]), 0)
+            room = self._shard_tokens - self._parts[split].tokens
+            self._parts[split].append(tokens[:room])
+            if len(tokens) >= room:
+                self._seal(split)
+            tokens = tokens[room:]
+
+    def _seal(self, split: Split) -> None:
+        self._sealed.append(self._parts.pop(split).seal())
+        self._shards[split] += 1
+
+    def _commit(self) -> None:
+        for part in self._parts.values():
+            part.flush()
+        unfinished = {split: self._parts[split].tokens if split in self._parts else 0 for split in self._shards}
+        self.manifest = replace(
+            self.manifest,
+            documents=dict(self._documents),
+            shards=(*self.manifest.shards, *self._sealed),
+            unfinished=unfinished,
+        )
+        write_manifest(self._data_dir, self.manifest)
+        _publish(self._data_dir, self._sealed)
+        self._sealed, self._uncommitted = [], 0
+
+    def _remove_all(self) -> None:
+        for record in (*self.manifest.shards, *self._sealed):
+            for name in (record.name, record.name + PART):
+                (self._data_dir / name).unlink(missing_ok=True)
+        for part in self._parts.values():
+            part.path.unlink()
+        (self._data_dir / MANIFEST).unlink()
+
+
+def begin(data_dir: Path, wanted: Manifest) -> Manifest:
+    """The manifest to go on from: that of the directory, or `wanted` in an empty one.
+
+    Raises:
+        ValueError: if the directory holds other shards, or shards of another source or other settings.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(data_dir)
+    if manifest is None:
+        if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
+            raise ValueError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+        write_manifest(data_dir, wanted)
+        return wanted
+    for field, asked, found in _identity(wanted, manifest):
+        if asked != found:
+            raise ValueError(
+                f"{data_dir} was prepared with {field} {found!r}, now asked for {asked!r}; choose another --out, "
+                "or delete it"
+            )
+    _publish(data_dir, manifest.shards)
+    for record in manifest.shards:
+        if read_shard(data_dir / record.name).tokens != record.tokens:
+            raise ValueError(f"{data_dir / record.name}: not {record.tokens} tokens long; delete {data_dir}")
+    return manifest
+
+
+@contextlib.contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """Nobody else prepares this directory meanwhile; the lock ends with the process, however it ends."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(data_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{data_dir}: another data_prep is writing here; wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def validation_documents(data_dir: Path, manifest: Manifest) -> Iterator[Tokens]:
+    """The documents of the validation split that are committed, in order."""
+    records = _records(manifest, "val")
+    arrays = [read_shard(data_dir / record.name).open() for record in records]
+    if tokens := manifest.unfinished["val"]:
+        part = data_dir / (shard_name("val", len(records)) + PART)
+        arrays.append(np.fromfile(part, "<u2", tokens, offset=HEADER_BYTES))
+    return whole_documents(arrays)
+
+
+def _records(manifest: Manifest, split: Split) -> list[ShardRecord]:
+    return [record for record in manifest.shards if record.name.startswith(split)]
+
+
+def _identity(wanted: Manifest, found: Manifest) -> Iterator[tuple[str, object, object]]:
+    yield "the source", wanted.source, found.source
+    yield "its version", wanted.revision, found.revision
+    yield "the tokenizer", wanted.tokenizer, found.tokenizer
+    for name, value in wanted.settings.items():
+        yield f"--{name.replace('_', '-')}", value, found.settings.get(name)
+
+
+def _publish(data_dir: Path, records: Iterable[ShardRecord]) -> None:
+    """Give sealed parts their final names, those that do not have them yet."""
+    for record in records:
+        part = data_dir / (record.name + PART)
+        if part.exists():
+            part.replace(data_dir / record.name)
+    flush_directory(data_dir)

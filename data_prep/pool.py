@@ -1,0 +1,104 @@
+"""Worker processes that read and tokenize chunks, results in the chunks' order."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+
+from gpt2_ddp.cli import user_error
+from gpt2_ddp.tokenizer import load_tokenizer
+
+from .encoding import EncodedChunk, encode
+from .sources import Source
+
+CHUNKS_AHEAD = 4
+"""Chunks per worker that may be done before the one that is due: what bounds the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a worker could not do a chunk."""
+
+    line: str | None
+    """The line for the user, None for a fault of the program."""
+    trace: str
+
+
+def encoded_chunks(source: Source, first: int, workers: int) -> Iterator[EncodedChunk]:
+    """The chunks of `source` from number `first` on, tokenized by `workers` processes, in order.
+
+    Raises:
+        ValueError: what a worker found wrong with the source.
+        RuntimeError: if a worker failed otherwise or died.
+    """
+    load_tokenizer()  # one download or one error, not one a worker
+    with _started(source, workers) as idle:
+        chunks = enumerate(source.chunks(first))
+        busy: dict[Connection, int] = {}
+        ready: dict[int, EncodedChunk] = {}
+        due, exhausted = 0, False
+        while True:
+            while idle and not exhausted and len(busy) + len(ready) < workers * CHUNKS_AHEAD:
+                if (chunk := next(chunks, None)) is None:
+                    exhausted = True
+                else:
+                    idle[-1].send(chunk[1])
+                    busy[idle.pop()] = chunk[0]
+            for connection in wait(list(busy), timeout=0 if due in ready or not busy else None):
+                assert isinstance(connection, Connection)
+                ready[busy.pop(connection)] = _receive(connection)
+                idle.append(connection)
+            if due in ready:
+                yield ready.pop(due)
+                due += 1
+            elif exhausted and not busy:
+                return
+
+
+def _receive(connection: Connection) -> EncodedChunk:
+    try:
+        answer: EncodedChunk | Failure = connection.recv()
+    except EOFError:
+        raise RuntimeError("a tokenizing process was killed, perhaps for lack of memory: try fewer --workers") from None
+    if isinstance(answer, EncodedChunk):
+        return answer
+    if answer.line:
+        raise ValueError(answer.line)
+    raise RuntimeError(f"a tokenizing process failed:\n{answer.trace}")
+
+
+@contextlib.contextmanager
+def _started(source: Source, workers: int) -> Iterator[list[Connection]]:
+    """Connections to new worker processes, which end when it ends, or when this process dies."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, source), daemon=True)
+            process.start()
+            theirs.close()
+            stack.callback(process.join)
+            stack.callback(process.terminate)
+            connections.append(ours)
+        for connection in connections:
+            stack.callback(connection.close)
+        yield list(connections)
+
+
+def _work(connection: Connection, source: Source) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone decides what an interrupt means
+    tokenizer = load_tokenizer()
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            chunk = connection.recv()
+            try:
+                answer: EncodedChunk | Failure = encode(source.documents(chunk), tokenizer)
+            except Exception as error:
+                answer = Failure(line=user_error(error), trace=traceback.format_exc())
+            connection.send(answer)

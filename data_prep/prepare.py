@@ -1,0 +1,90 @@
+"""A source into a directory of shards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from tqdm import tqdm
+
+from gpt2_ddp.shards import Manifest, Split, read_manifest
+
+from .output import ShardWriter, begin, locked, validation_documents
+from .pool import encoded_chunks
+from .sources import Source
+from .split import ValidationSplit
+
+MOST_SHARD_TOKENS = 2**31 - 1
+"""A shard's header counts its tokens in an int32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides how documents become shards; a directory has one."""
+
+    shard_tokens: int
+    val_tokens: int | None
+    val_fraction: float | None
+
+    def __post_init__(self) -> None:
+        """Raise a ValueError for values that cannot be."""
+        if not 1 <= self.shard_tokens <= MOST_SHARD_TOKENS:
+            raise ValueError(f"--shard-tokens is {self.shard_tokens}, should be between 1 and {MOST_SHARD_TOKENS}")
+        if self.val_tokens is not None and self.val_fraction is not None:
+            raise ValueError("--val-tokens and --val-fraction are both given; choose one")
+        if self.val_tokens is not None and self.val_tokens < 0:
+            raise ValueError(f"--val-tokens is {self.val_tokens}, should be 0 or more")
+        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction is {self.val_fraction}, should be from 0 to below 1")
+
+
+def prepare(source: Source, out: Path, settings: Settings, workers: int | None) -> Manifest:
+    """Write the shards that are missing; the same ones whatever the number of workers, and after any interruption.
+
+    Raises:
+        ValueError: for a source that cannot be read, and a directory that holds something else.
+    """
+    workers = usable_cores() if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"--workers is {workers}, should be 1 or more")
+    nothing: dict[Split, int] = {"train": 0, "val": 0}
+    wanted = Manifest(
+        source=source.name,
+        revision=source.revision,
+        settings=asdict(settings),
+        documents=nothing,
+        shards=(),
+        complete=False,
+        next_chunk=0,
+        unfinished=nothing,
+    )
+    with locked(out):
+        manifest = begin(out, wanted)
+        if not manifest.complete:
+            _write(source, out, settings, workers, manifest)
+    finished = read_manifest(out)
+    assert finished is not None
+    return finished
+
+
+def usable_cores() -> int:
+    """Physical cores, as many of them as this process may use."""
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return min(physical, allowed)
+
+
+def _write(source: Source, out: Path, settings: Settings, workers: int, manifest: Manifest) -> None:
+    validation = ValidationSplit(
+        tokens=settings.val_tokens,
+        fraction=settings.val_fraction or 0.0,
+        taken=validation_documents(out, manifest),
+    )
+    writer = ShardWriter(out, manifest, settings.shard_tokens, validation)
+    with tqdm(unit=" tokens", unit_scale=True, desc=f"{workers} processes") as bar:
+        for chunk in encoded_chunks(source, manifest.next_chunk, workers):
+            writer.write(chunk)
+            bar.update(len(chunk.tokens))
+    writer.finish()

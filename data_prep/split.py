@@ -1,0 +1,62 @@
+"""Which documents are for validation: never one of which the training split has the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2_ddp.shards import Tokens
+from gpt2_ddp.tokenizer import EOT
+
+from .encoding import document_digest
+
+
+class ValidationSplit:
+    """By tokens: documents from the first on, until they are enough. By fraction: by a hash of the text.
+
+    With a fraction the first document is taken in any case, so that there is something to validate on. A document
+    equal to one that was taken is taken too. Memory: 8 bytes a document of the validation split, none by fraction.
+    """
+
+    def __init__(self, *, tokens: int | None, fraction: float, taken: Iterable[Tokens]) -> None:
+        """Go on after the documents `taken`, of which a restart finds the digests again."""
+        self._wanted = tokens
+        self._below = int(fraction * 2**64) if tokens is None else 0
+        self._tokens = 0
+        self._digests: set[int] = set()
+        for document in taken if tokens else islice(taken, 1):
+            self._take(document_digest(document), len(document))
+
+    def choose(self, lengths: npt.NDArray[np.int64], digests: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """(documents,) bool, True for validation, of the next documents in order."""
+        if self._wanted is None:
+            if self._below and not self._digests and len(digests):
+                self._take(int(digests[0]), int(lengths[0]))
+            return np.array([digest < self._below or digest in self._digests for digest in digests.tolist()], np.bool_)
+        chosen = np.zeros(len(digests), np.bool_)
+        for index, (length, digest) in enumerate(zip(lengths.tolist(), digests.tolist(), strict=True)):
+            if self._tokens < self._wanted or digest in self._digests:
+                self._take(digest, length)
+                chosen[index] = True
+        return chosen
+
+    def _take(self, digest: int, length: int) -> None:
+        self._digests.add(digest)
+        self._tokens += length
+
+
+def whole_documents(shards: Iterable[Tokens]) -> Iterator[Tokens]:
+    """The documents that lie one after the other in consecutive shards, some across a shard's end."""
+    held: list[Tokens] = []
+    for shard in shards:
+        begins = np.flatnonzero(shard == EOT)
+        for part in np.split(shard, begins):
+            if len(part) and part[0] == EOT and held:
+                yield np.concatenate(held)
+                held = []
+            held += [part] if len(part) else []
+    if held:
+        yield np.concatenate(held)
