@@ -120,22 +120,28 @@ def faults(path: Path) -> list[str]:
         version = manifest["version"]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
     if version != MANIFEST_VERSION or not entries:
         return [f"{MANIFEST} has version {version!r} and {len(entries)} files"]
-    found = []
-    for name, (size, sha256) in entries.items():
-        file = path / name
+    found = [_fault(path, name, size, sha256) for name, (size, sha256) in entries.items()]
+    return [fault for fault in found if fault]
+
+
+def _fault(path: Path, name: str, size: int, sha256: str) -> str | None:
+    file = path / name
+    try:
         if name in ("", ".", "..") or Path(name).name != name or file.is_symlink():
-            found.append(f"{name!r} is no file of the checkpoint")
-        elif not file.is_file():
-            found.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            found.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        elif _sha256(file) != sha256:
-            found.append(f"{name} does not have the SHA-256 it was written with")
-    return found
+            return f"{name!r} is no file of the checkpoint"
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != sha256:
+            return f"{name} does not have the SHA-256 it was written with"
+    except OSError as error:  # a disk that fails, a name that is too long
+        return f"{name} cannot be read ({error.strerror})"
+    return None
 
 
 def _sha256(path: Path) -> str:

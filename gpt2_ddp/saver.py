@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,7 +32,7 @@ class CheckpointWriter:
     A save first copies every tensor, so training may go on at once; what went wrong is told by `reports`.
     """
 
-    def __init__(self, directory: Path, *, keep: int, enabled: bool, patience: float = math.inf) -> None:
+    def __init__(self, directory: Path, *, keep: int, enabled: bool, patience: float) -> None:
         """`patience` is how many seconds a save may wait for the one before it; then it is left out."""
         self.directory = directory
         self.patience = patience
