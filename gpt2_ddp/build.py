@@ -14,7 +14,7 @@ from torch import nn
 
 from gpt2_ddp import checkpoint, gradients, optim, pretrained, resume
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step
+from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step, require_same_data
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.gradients import GradientReduction
 from gpt2_ddp.guard import SpikeGuard
@@ -27,6 +27,7 @@ from gpt2_ddp.saver import CheckpointWriter
 from gpt2_ddp.shards import find_shards, fingerprint
 from gpt2_ddp.stopping import StopRequest
 from gpt2_ddp.tokenizer import tokenizer_files
+from gpt2_ddp.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,13 @@ class Run:
     log: RunLog
     writer: CheckpointWriter
     stop: StopRequest
+    watchdog: Watchdog
     state: TrainState
     tokenizer: dict[str, bytes]
 
     def close(self) -> None:
         """End the threads and files of the run; a save in flight is finished first."""
+        self.watchdog.dismiss()
         self.data.close()
         self.writer.close()
         self.log.close()
@@ -126,6 +129,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
         log=log,
         writer=writer,
         stop=stop,
+        watchdog=Watchdog(context, config.timeout),
         state=state,
         tokenizer=tokenizer_files(),
     )
@@ -163,20 +167,6 @@ def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
         )
     hellaswag = tuple(read_examples(config.hellaswag_data)) if config.hellaswag_every else ()
     return Sources(train=train, validation=validation, hellaswag=hellaswag, fingerprint=fingerprint(train_shards))
-
-
-def require_same_data(context: DistContext, mine: str) -> None:
-    """
-    Raises:
-        ValueError: where a rank reads other training data than rank 0, naming it and its host.
-    """
-    told = context.gather((mine, socket.gethostname()))
-    for rank, (found, host) in enumerate(told):
-        if found != told[0][0]:
-            raise ValueError(
-                f"the training data of rank {rank} on {host} differs from that of rank 0 on {told[0][1]}: "
-                "copy the same --data-dir to every node"
-            )
 
 
 def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:

@@ -7,6 +7,7 @@ about a loader is saved, seeking costs nothing, and any number of ranks sees the
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.shards import Shard, check_tokens
 
 Indices = npt.NDArray[np.int64]
@@ -136,6 +138,20 @@ def require_one_step(windows: Windows, plan: BatchPlan) -> None:
             f"{windows.shards[0].path.parent} holds {len(windows)} training windows of {plan.sequence_length} tokens, "
             f"and one step needs {plan.sequences_per_step}: prepare more data or lower --total-batch-size"
         )
+
+
+def require_same_data(context: DistContext, mine: str) -> None:
+    """
+    Raises:
+        ValueError: where a rank reads other training data than rank 0, naming it and its host.
+    """
+    told = context.gather((mine, socket.gethostname()))
+    for rank, (found, host) in enumerate(told):
+        if found != told[0][0]:
+            raise ValueError(
+                f"the training data of rank {rank} on {host} differs from that of rank 0 on {told[0][1]}: "
+                "copy the same --data-dir to every node"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import sys
-import threading
 import time
-from collections import deque
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,53 +27,11 @@ START_TIMEOUT = timedelta(minutes=30)
 """Until the first step is done: compilers, cold file systems and slow nodes take their time."""
 
 
-class Watchdog(threading.Thread):
-    """Ends this process when no rank gets on any more, after naming the ranks that hold up the others.
+@dataclass
+class Pulse:
+    """Counts how often a rank has got on with its work, for whoever watches it."""
 
-    Every rank publishes how often it has got on (`beats`) and that it lives at all (`ticks`). A rank whose ticks stand
-    still is stopped or gone; else the ones with the fewest beats are those that the others wait for.
-    """
-
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        super().__init__(name="watchdog", daemon=True)
-        self.beats = 0
-        self.timeout = START_TIMEOUT.total_seconds()
-        self._store, self._rank, self._world_size = store, rank, world_size
-        self._ticks = 0
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        recent: deque[list[dict[str, Any]]] = deque(maxlen=6)
-        beats, since = [-1], time.monotonic()
-        while not self._ended.wait(min(1.0, self.timeout / 10)):
-            recent.append(self._look())
-            if beats != [told["beats"] for told in recent[-1]]:
-                beats, since = [told["beats"] for told in recent[-1]], time.monotonic()
-            elif time.monotonic() - since > self.timeout:
-                self._give_up(recent[0], recent[-1])
-
-    def _look(self) -> list[dict[str, Any]]:
-        """Publish this rank's counts and read everybody's."""
-        self._ticks += 1
-        mine = {"beats": self.beats, "ticks": self._ticks, "host": socket.gethostname()}
-        self._store.set(f"watchdog/{self._rank}", json.dumps(mine))
-        return [json.loads(self._store.get(f"watchdog/{rank}")) for rank in range(self._world_size)]
-
-    def _give_up(self, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
-        ranks = range(self._world_size)
-        silent = [rank for rank in ranks if now[rank]["ticks"] == before[rank]["ticks"]]
-        fewest = min(told["beats"] for told in now)
-        late = silent or [rank for rank in ranks if now[rank]["beats"] == fewest]
-        if self._rank == min(set(ranks) - set(silent)):
-            what = "gives no sign of life" if silent else "holds up the others"
-            named = ", ".join(f"rank {rank} on {now[rank]['host']}" for rank in late)
-            print(f"error: no step for {self.timeout:.0f} s: {named} {what}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends everybody at the first exit: let the line be printed
-        os._exit(1)
-
-    def stop(self) -> None:
-        self._ended.set()
+    beats: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +43,9 @@ class DistContext:
     world_size: int = 1
     local_world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
-    watchdog: Watchdog | None = None
+    pulse: Pulse = field(default_factory=Pulse)
+    store: Store | None = None
+    """Shared by the ranks of this start; None in a single process."""
 
     @property
     def is_main(self) -> bool:
@@ -176,26 +133,16 @@ class DistContext:
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def beat(self) -> None:
-        """Tell the watchdog that this rank gets on with its work."""
-        if self.watchdog:
-            self.watchdog.beats += 1
-
-    def dismiss_watchdog(self) -> None:
-        """From now on no rank waits for another."""
-        if self.watchdog:
-            self.watchdog.stop()
+        """Note that this rank gets on with its work."""
+        self.pulse.beats += 1
 
     def shorten_timeouts(self, seconds: float) -> None:
-        """From now on the run ends if no rank gets on for `seconds`. The watchdog is first: it can name who is late."""
-        if self.watchdog and not self.watchdog.is_alive():
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds + 30), dist.group.WORLD)
-            self.watchdog.timeout = seconds
-            self.watchdog.start()
+        """From now on a collective that takes longer than `seconds` fails."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
@@ -252,15 +199,50 @@ def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
     if context.world_size == 1:
         yield context
         return
-    store, rank, world_size = next(rendezvous("env://", timeout=START_TIMEOUT))
+    shared, rank, world_size = next(rendezvous("env://", timeout=START_TIMEOUT))
+    prefix = fresh_prefix(shared, rank, world_size)
+    store = dist.PrefixStore(prefix, shared)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=START_TIMEOUT, device_id=bound
     )
-    watchdog = Watchdog(store.clone(), rank, world_size)
     try:
-        yield replace(context, watchdog=watchdog)
+        yield replace(context, store=dist.PrefixStore(prefix, shared.clone()))  # type: ignore[attr-defined]
     finally:
-        watchdog.stop()
         dist.destroy_process_group()
+
+
+def fresh_prefix(store: Store, rank: int, world_size: int) -> str:
+    """A name for the keys of this start in a `store` that may still hold those of ranks that died; collective.
+
+    torchrun keeps its store over restarts, and a restarted rank that reads the address of a dead one cannot connect
+    (pytorch issues 135712 and 167288; the restart count is no name, since each node counts for itself). Rank 0
+    therefore greets the others with a new name until each has answered with that name.
+    """
+    mine, name, deadline = uuid.uuid4().hex, uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
+    if rank:
+        store.set(f"hello/{rank}", mine)
+        while not (welcome := _read(store, f"welcome/{rank}")).startswith(mine):
+            _pause(deadline, "rank 0")
+        store.set(f"thanks/{rank}", welcome)
+        return welcome.removeprefix(mine)
+    waiting = set(range(1, world_size))
+    while waiting:
+        for other in list(waiting):
+            hello = _read(store, f"hello/{other}")
+            store.set(f"welcome/{other}", hello + name)
+            if hello and _read(store, f"thanks/{other}") == hello + name:
+                waiting.remove(other)
+        _pause(deadline, f"ranks {sorted(waiting)}")
+    return name
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _pause(deadline: float, missing: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"no answer from {missing} within {START_TIMEOUT}")
+    time.sleep(0.02)

@@ -66,7 +66,7 @@ def train(run: Run) -> str:
                 save(run, final=stopping or state.step == config.max_steps)
             report_saves(run)
         run.context.beat()
-        run.context.shorten_timeouts(config.timeout)
+        run.watchdog.watch()
     return "finished" if state.step >= config.max_steps else "stopped"
 
 
@@ -113,7 +113,7 @@ def go_back(run: Run, result: StepResult) -> None:
 
 def finish(run: Run, outcome: str) -> None:
     """Wait for the last save and say how the run ended. No rank waits for another from here on."""
-    run.context.dismiss_watchdog()
+    run.watchdog.dismiss()
     if not report_saves(run, wait=True):
         raise RuntimeError(f"the checkpoint of step {run.state.step}, the last one, could not be saved")
     run.stop.clear(run.context)

@@ -1,0 +1,88 @@
+"""Ranks that hang: notices that no rank gets on, names those that the others wait for, and ends the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from gpt2_ddp.distributed import DistContext
+
+SILENCE_SECONDS = 60.0
+"""A rank from which nothing at all is heard for so long is given up, however long a step may take."""
+
+
+class Watchdog(threading.Thread):
+    """Ends this process when no rank gets on any more, after naming the ranks that hold up the others.
+
+    Every rank publishes how often it has got on (`beats`) and that it lives at all (`ticks`). A rank whose ticks stand
+    still is stopped or gone; else the ones with the fewest beats are those that the others wait for.
+    """
+
+    def __init__(self, context: DistContext, timeout: float) -> None:
+        """`timeout` in seconds is how long no rank may get on."""
+        super().__init__(name="watchdog", daemon=True)
+        self._context, self._timeout, self._silence = context, timeout, min(timeout, SILENCE_SECONDS)
+        self._ticks = 0
+        self._ended = threading.Event()
+
+    def watch(self) -> None:
+        """Begin, unless that has been done or there is nobody to wait for."""
+        if self._context.store is not None and not self.is_alive() and not self._ended.is_set():
+            self._context.shorten_timeouts(self._timeout + 30)  # later than this thread, which can name who is late
+            self.start()
+
+    def run(self) -> None:
+        recent: deque[list[dict[str, Any]]] = deque(maxlen=6)
+        beats, since = [-1], time.monotonic()
+        while not self._ended.wait(min(1.0, self._timeout / 10)):
+            recent.append(self._look())
+            if beats != [told["beats"] for told in recent[-1]]:
+                beats, since = [told["beats"] for told in recent[-1]], time.monotonic()
+            stood_still = time.monotonic() - since
+            ticks = [[told["ticks"] for told in look] for look in (recent[0], recent[-1])]
+            silent = [rank for rank, (was, now) in enumerate(zip(*ticks, strict=True)) if was == now]
+            if len(recent) == recent.maxlen and stood_still > (self._silence if silent else self._timeout):
+                self._give_up(recent[-1], silent)
+
+    def _look(self) -> list[dict[str, Any]]:
+        """Publish this rank's counts and read everybody's."""
+        store = self._context.store
+        assert store is not None  # `watch` has looked
+        self._ticks += 1
+        mine = {
+            "beats": self._context.pulse.beats,
+            "ticks": self._ticks,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        store.set(f"watchdog/{self._context.rank}", json.dumps(mine))
+        return [json.loads(store.get(f"watchdog/{rank}")) for rank in range(self._context.world_size)]
+
+    def _give_up(self, now: list[dict[str, Any]], silent: list[int]) -> None:
+        ranks = range(self._context.world_size)
+        fewest = min(told["beats"] for told in now)
+        late = silent or [rank for rank in ranks if now[rank]["beats"] == fewest]
+        if self._context.rank == min(set(ranks) - set(silent)):
+            what = "gives no sign of life" if silent else "holds up the others"
+            named = ", ".join(f"rank {rank} on {now[rank]['host']}" for rank in late)
+            print(f"error: the run stands still: {named} {what}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends everybody at the first exit: let the line be printed
+        for told in (now[rank] for rank in silent):
+            if told["host"] == socket.gethostname():
+                # A stopped process does not hear torchrun's SIGTERM, and a restart would wait for it for minutes.
+                with suppress(ProcessLookupError):
+                    os.kill(told["pid"], signal.SIGKILL)
+        os._exit(1)
+
+    def dismiss(self) -> None:
+        """End: from now on no rank waits for another."""
+        self._ended.set()
