@@ -87,47 +87,32 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
     dtype, warning = choose_dtype(config.dtype, hardware)
     precision = Precision.of(dtype, context.device)
     allow_tf32()
+    numerics = choose_numerics(config, context, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
     state = resume.restore(found, context, model, optimizer, precision.scaler)
     compiled = choose_compile(config.compile, hardware)
-    numerics = choose_numerics(config, context, hardware, dtype, found) if config.reproducible else None
     train_model = trainable(model, precision, plan, context, compiled=compiled, ddp=not config.reproducible)
-    reduction = make_reduction(train_model, context, plan, reproducible=config.reproducible)
+    guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
     log = context.together(lambda: open_log(config, context, state.step))
     for line in [*found.said, *([warning] if warning else [])]:
         log.say(line)
-    guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    data = TrainData(
-        sources.train,
-        plan,
-        rank=context.rank,
-        seed=config.seed,
-        pin_memory=context.device.type == "cuda",
-        first_step=state.step + guard.passed_over + 1,
-    )
-    writer = CheckpointWriter(
-        config.out_dir / "checkpoints",
-        keep=config.keep_checkpoints,
-        enabled=context.is_main,
-        patience=config.timeout / 2,
-    )
     return Run(
         config=config,
         context=context,
         hardware=hardware,
         precision=precision,
+        numerics=numerics,
         plan=plan,
         model=model,
         train_model=train_model,
-        reduction=reduction,
-        guard=guard,
-        numerics=numerics,
+        reduction=make_reduction(train_model, context, plan, reproducible=config.reproducible),
         optimizer=optimizer,
         skips=optim.SkipCount(found.state.get("skipped", 0), context.device),
-        data=data,
+        guard=guard,
+        data=open_data(config, context, plan, sources.train, first_step=state.step + guard.passed_over + 1),
         sources=sources,
         log=log,
-        writer=writer,
+        writer=open_writer(config, context),
         stop=stop,
         watchdog=Watchdog(context, config.timeout),
         state=state,
@@ -256,6 +241,22 @@ def trainable(
         warm_up(wrapped)
         warm_up(wrapped)  # the buckets are ordered anew when the second pass begins
     return wrapped
+
+
+def open_data(
+    config: TrainConfig, context: DistContext, plan: BatchPlan, windows: Windows, *, first_step: int
+) -> TrainData:
+    """This rank's batches from `first_step` on."""
+    pin_memory = context.device.type == "cuda"
+    return TrainData(windows, plan, rank=context.rank, seed=config.seed, pin_memory=pin_memory, first_step=first_step)
+
+
+def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:
+    """The run's checkpoints, written by rank 0."""
+    directory = config.out_dir / "checkpoints"
+    return CheckpointWriter(
+        directory, keep=config.keep_checkpoints, enabled=context.is_main, patience=config.timeout / 2
+    )
 
 
 def open_log(config: TrainConfig, context: DistContext, step: int) -> RunLog:
