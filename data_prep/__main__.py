@@ -23,7 +23,8 @@ Command = (
 
 def main() -> int:
     """Do what the command line says."""
-    command: Demo | Text | Hub | FinewebEdu | Shakespeare | HellaSwag = parse(Command, "Text to token shards.")
+    command: Demo | Text | Hub | FinewebEdu | Shakespeare | HellaSwag
+    command = parse(Command, "Text to token shards.")  # type: ignore[arg-type]
     try:
         command.run()
     except KeyboardInterrupt:

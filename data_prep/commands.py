@@ -61,7 +61,7 @@ class Shards:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Shards):
-    """The Python language reference that ships inside Python: about 110k tokens, no network."""
+    """The Python language reference that ships inside Python: 139,016 tokens in 3.11, no network."""
 
     default_val_tokens: ClassVar[int | None] = 10_000
 

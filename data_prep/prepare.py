@@ -83,8 +83,12 @@ def _write(source: Source, out: Path, settings: Settings, workers: int, manifest
         taken=validation_documents(out, manifest),
     )
     writer = ShardWriter(out, manifest, settings.shard_tokens, validation)
+    if manifest.next_chunk:
+        there = sum(record.tokens for record in manifest.shards) + sum(manifest.unfinished.values())
+        print(f"going on after the {there:,} tokens that are in {out}")
     with tqdm(unit=" tokens", unit_scale=True, desc=f"{workers} processes") as bar:
         for chunk in encoded_chunks(source, manifest.next_chunk, workers):
             writer.write(chunk)
             bar.update(len(chunk.tokens))
     writer.finish()
+    print(f"tokenized {bar.n:,} tokens in {bar.format_dict['elapsed']:.1f} s")

@@ -174,7 +174,7 @@ def read_manifest(data_dir: Path) -> Manifest | None:
             raise ValueError(f"{size} bytes, more than {MANIFEST_BYTES}")
         return _parse_manifest(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a manifest of token shards: {error}; prepare {data_dir} again") from error
+        raise ValueError(f"{path}: not a manifest of token shards ({error}); delete it or prepare again") from error
 
 
 def write_manifest(data_dir: Path, manifest: Manifest) -> None:
