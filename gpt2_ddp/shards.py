@@ -108,10 +108,8 @@ def check_tokens(shard: Shard, tokens: npt.NDArray[Any], start: int = 0) -> None
     """
     if tokens.size and tokens.max() >= VOCAB_SIZE:
         at = int((tokens.ravel() >= VOCAB_SIZE).argmax())
-        raise ValueError(
-            f"{shard.path}: token id {tokens.ravel()[at]} at position {start + at}, past GPT-2's vocabulary of "
-            f"{VOCAB_SIZE}; prepare the shard again with GPT-2's tokenizer"
-        )
+        found = f"token id {tokens.ravel()[at]} at position {start + at}"
+        raise ValueError(f"{shard.path}: {found}, past GPT-2's vocabulary of {VOCAB_SIZE}; prepare it again")
 
 
 def fingerprint(shards: Sequence[Shard]) -> str:
