@@ -1,0 +1,243 @@
+"""Ranks together, on real torchrun and gloo: gradients, reductions, and errors that one of them has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from running import SMALL, python, run, train_command
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt2_ddp.data import permute
+from gpt2_ddp.distributed import choose_device, open_context
+from gpt2_ddp.model import GPT, model_config
+
+SPY = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from gpt2_ddp import train
+
+place = Path(sys.argv[1])
+train_step = train.train_step
+
+def watched(run, batch):
+    gradients = {}
+    def keep(*_):
+        gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+    run.optimizer.register_step_pre_hook(keep)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        result = train_step(run, batch)
+    reduced = [event.name for event in profile.events() if event.name == "c10d::allreduce_"]
+    save_file(gradients, place / f"rank{run.context.rank}.safetensors")
+    found = {"all_reduces": len(reduced), "micro_steps": run.plan.grad_accum_steps, "loss": float(result.loss)}
+    (place / f"rank{run.context.rank}.json").write_text(json.dumps(found))
+    return result
+
+train.train_step = watched
+sys.exit(train.main(sys.argv[2:]))
+"""
+"""The trainer itself, with a look at the gradients that its first update gets and at what it sent for them."""
+
+
+@pytest.fixture(scope="module")
+def first_update(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Callable[[int, int], Path]:
+    """`first_update(ranks, micro_batch_size)`: where every rank left its gradients and its number of all-reduces."""
+    done: dict[tuple[int, int], Path] = {}
+
+    def trained(ranks: int, micro_batch_size: int) -> Path:
+        if (ranks, micro_batch_size) not in done:
+            folder = tmp_path_factory.mktemp("spy")
+            (folder / "spy.py").write_text(SPY)
+            flags = [f"--micro-batch-size={micro_batch_size}", "--max-steps=1", "--grad-clip=0"]
+            command = train_command(folder / "run", data_dir, *flags)
+            own = [*python(ranks), str(folder / "spy.py"), str(folder)]
+            ended = run([*own, *command[command.index("gpt2_ddp.train") + 1 :]])
+            assert ended.returncode == 0, ended.stderr
+            done[ranks, micro_batch_size] = folder
+        return done[ranks, micro_batch_size]
+
+    return trained
+
+
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Of the two gradients as vectors; and no single tensor may stand out."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert float((tensor - other[name]).norm()) <= 1e-5 * float(tensor.norm()), name
+    difference = sum(float((tensor - other[name]).double().norm()) ** 2 for name, tensor in one.items())
+    return float((difference / sum(float(tensor.double().norm()) ** 2 for tensor in one.values())) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def whole_batch(data_dir: Path) -> tuple[dict[str, Tensor], float]:
+    """Gradients and loss of the first step in one pass over all its sequences, which no part of the trainer shares."""
+    length, total = int(SMALL["sequence-length"]), int(SMALL["total-batch-size"])
+    windows: list[list[int]] = []
+    for path in sorted(data_dir.glob("train_*.bin")):
+        tokens = torch.frombuffer(bytearray(path.read_bytes()[1024:]), dtype=torch.uint16).tolist()
+        windows += [tokens[at : at + length + 1] for at in range(0, len(tokens) - length, length)]
+    order = permute(torch.arange(total // length).numpy(), n=len(windows), seed=1337, epoch=0)
+    batch = torch.tensor([windows[window] for window in order])
+    model = GPT(model_config("gpt2-nano")).init_weights(1337).double()
+    logits = model(batch[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}, float(loss.detach())
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "micro_steps"), [(1, 4, 4), (2, 4, 2), (4, 4, 1)])
+def test_gradients_are_the_same_however_the_batch_is_divided(
+    first_update: Callable[[int, int], Path],
+    whole_batch: tuple[dict[str, Tensor], float],
+    ranks: int,
+    micro_batch_size: int,
+    micro_steps: int,
+) -> None:
+    folder = first_update(ranks, micro_batch_size)
+    expected, loss = whole_batch
+    for rank in range(ranks):
+        told = json.loads((folder / f"rank{rank}.json").read_text())
+        assert told["micro_steps"] == micro_steps
+        assert told["loss"] == pytest.approx(loss, abs=1e-5)
+        gradients = load_file(folder / f"rank{rank}.safetensors")
+        assert relative_difference(expected, gradients) < 1e-6
+    alone = load_file(first_update(1, 4) / "rank0.safetensors")
+    assert relative_difference(alone, gradients) < 1e-6
+
+
+def test_gradients_are_reduced_once_an_update_however_many_micro_steps(
+    first_update: Callable[[int, int], Path],
+) -> None:
+    counts = {}
+    for ranks, micro_batch_size in ((1, 4), (2, 4), (4, 4)):
+        told = json.loads((first_update(ranks, micro_batch_size) / "rank0.json").read_text())
+        counts[ranks, told["micro_steps"]] = told["all_reduces"]
+    assert counts[1, 4] == 0
+    assert counts[4, 1] == counts[2, 2] > 0
+    assert counts[2, 2] <= 4  # 13 MB of gradients lie in one or two buckets; one more for the loss
+
+
+COLLECTIVES = """
+import os
+import torch
+import torch.distributed as dist
+from gpt2_ddp.distributed import open_context
+
+def raised(make, kind):
+    try:
+        make()
+    except kind as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+
+def fail_on(rank, error):
+    def make():
+        if context.rank == rank:
+            raise error
+        return "fine"
+    return make
+
+with open_context("cpu") as context:
+    rank, others = context.rank, context.world_size - 1
+    assert context.world_size == int(os.environ["WORLD_SIZE"]) == 2
+    assert dist.get_backend() == "gloo"
+    tensor = torch.tensor([rank + 1.0, 10.0])
+    assert context.sum(tensor) is tensor
+    assert tensor.tolist() == [3.0, 20.0]
+    assert context.max(rank * 7 - 1) == 6
+    assert context.any(rank == 1) and not context.any(False)
+    assert context.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert context.broadcast(f"from {rank}") == "from 0"
+
+    assert context.together(lambda: rank) == rank
+    for failing in (0, 1):
+        said = raised(lambda: context.together(fail_on(failing, ValueError("no such shard"))), ValueError)
+        assert said == ("no such shard" if rank == failing else f"rank {failing}: no such shard"), said
+    said = raised(lambda: context.together(fail_on(1, OSError(30, "Read-only file system"))), (OSError, ValueError))
+    assert "Read-only file system" in said
+    said = raised(lambda: context.together(fail_on(rank, ValueError(f"mine is {rank}"))), ValueError)
+    assert said == f"mine is {rank}"
+
+    calls = []
+    assert context.from_main(lambda: calls.append(1) or {"step": 4}) == {"step": 4}
+    assert len(calls) == (1 if rank == 0 else 0)
+    assert "broken" in raised(lambda: context.from_main(lambda: fail_on(rank, ValueError("broken"))()), ValueError)
+
+    wanted = {
+        "float32": torch.arange(6.0).view(2, 3), "bfloat16": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+        "int64": torch.tensor([2**60]), "scalar": torch.tensor(3.0), "empty": torch.empty(0, 5),
+        "transposed": torch.arange(6.0).view(2, 3).t(),
+    }
+    found = context.broadcast_tensors(wanted if rank == 0 else None)
+    assert list(found) == list(wanted)
+    for name, tensor in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+
+    mine = torch.tensor([1.0, 2.0]) * 10**rank
+    context.add_from(1 - rank, mine)
+    assert mine.tolist() == [11.0, 22.0]
+
+    ddp = context.wrap(torch.nn.Linear(2, 2))
+    assert type(ddp).__name__ == "DistributedDataParallel"
+    assert ddp.gradient_as_bucket_view and not ddp.static_graph
+assert not dist.is_initialized()
+print(f"rank {rank} is through")
+"""
+
+
+def test_what_the_ranks_say_to_each_other(tmp_path: Path) -> None:
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
+    done = run([*python(2), str(script)], timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["rank 0 is through", "rank 1 is through"]
+
+
+FAILING = """
+import torch.distributed as dist
+from gpt2_ddp.distributed import open_context
+try:
+    with open_context("cpu") as context:
+        raise KeyError("rank %d" % context.rank)
+except KeyError as error:
+    print(error, dist.is_initialized())
+"""
+
+
+def test_the_group_is_destroyed_also_after_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = run([*python(2), str(script)], timeout=120)
+    assert sorted(done.stdout.splitlines()) == ["'rank 0' False", "'rank 1' False"], done.stderr
+
+
+def test_a_single_process_needs_no_group() -> None:
+    with open_context("cpu") as context:
+        assert (context.rank, context.world_size, context.is_main) == (0, 1, True)
+        assert context.device == torch.device("cpu")
+        assert not torch.distributed.is_initialized()
+        assert context.sum(torch.tensor(2.0)) == 2
+        assert (context.max(-3), context.any(True), context.any(False)) == (-3, True, False)
+        assert context.gather("x") == ["x"]
+        assert context.broadcast("x") == context.together(lambda: "x") == context.from_main(lambda: "x") == "x"
+        linear = torch.nn.Linear(2, 2)
+        assert context.wrap(linear) is linear
+        with pytest.raises(ValueError, match="mine"):
+            context.together(lambda: (_ for _ in ()).throw(ValueError("mine")))
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA GPU is visible: use --device cpu"):
+            choose_device("cuda", local_rank=0, local_world_size=1)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ValueError, match="no Metal GPU: use --device cpu"):
+            choose_device("mps", local_rank=0, local_world_size=1)
+    assert choose_device("cpu", local_rank=3, local_world_size=4) == torch.device("cpu")
