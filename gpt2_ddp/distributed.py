@@ -115,7 +115,7 @@ class DistContext:
         shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
         received = {}
         for name, (shape, dtype) in shapes.items():
-            tensor = tensors[name].cpu() if tensors else torch.empty(shape, dtype=dtype)
+            tensor = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=dtype)
             dist.broadcast(tensor, src=0)
             received[name] = tensor
         return received
