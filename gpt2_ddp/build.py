@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import socket
-import sys
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from gpt2_ddp import checkpoint, gradients, optim, pretrained, resume
+from gpt2_ddp import gradients, optim, pretrained, resume
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step, require_same_data
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.gradients import GradientReduction
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
-from gpt2_ddp.metrics import FileLog, NullLog, RunLog, replace_file, warn
+from gpt2_ddp.metrics import (
+    Board,
+    FileLog,
+    NullLog,
+    RunLog,
+    TensorBoard,
+    WeightsAndBiases,
+    warn,
+)
 from gpt2_ddp.model import GPT, model_config
 from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_compile, choose_dtype, found_hardware
 from gpt2_ddp.resume import Resume, TrainState
@@ -263,26 +266,9 @@ def open_log(config: TrainConfig, context: DistContext, step: int) -> RunLog:
     """The run's log on rank 0, a silent one elsewhere."""
     if not context.is_main:
         return NullLog()
-    return FileLog(config.out_dir, resumed_step=step, tensorboard=config.tensorboard)
-
-
-def note_start(run: Run) -> None:
-    """Write config.json on rank 0: the configuration, the data, and the versions and hardware of each start."""
-    if not run.context.is_main:
-        return
-    file = run.config.out_dir / "config.json"
-    starts = checkpoint.read_json(file).get("starts", []) if file.exists() else []
-    start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": run.state.step,
-        "argv": sys.argv,
-        "host": socket.gethostname(),
-        "world_size": run.context.world_size,
-        "device": str(run.context.device),
-        "device_name": run.hardware.name,
-        "dtype": str(run.precision.dtype),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    values = {"config": run.config.to_json(), "data_fingerprint": run.sources.fingerprint, "starts": [*starts, start]}
-    replace_file(file, json.dumps(values, indent=2) + "\n")
+    boards: list[Board] = []
+    if config.tensorboard:
+        boards.append(TensorBoard(config.out_dir, resumed_step=step))
+    if config.wandb:
+        boards.append(WeightsAndBiases(config.out_dir))
+    return FileLog(config.out_dir, resumed_step=step, boards=boards)

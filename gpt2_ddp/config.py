@@ -98,6 +98,8 @@ class TrainConfig:
     """The same weights to the bit on any power-of-two number of ranks; slower, and on one kind of hardware."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run directory."""
+    wandb: bool = False
+    """Also send the metrics to Weights & Biases."""
 
     resume: str = "auto"
     """auto continues the run in --out-dir if there is one; never refuses to; or the checkpoint to continue from."""

@@ -1,7 +1,11 @@
-"""What a run does between two steps: log, validate, score HellaSwag, sample, save."""
+"""What a run does beside its steps: note its start, log, validate, score HellaSwag, sample, save."""
 
 from __future__ import annotations
 
+import json
+import platform
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt2_ddp import hellaswag, resume
+from gpt2_ddp import checkpoint, hellaswag, resume
 from gpt2_ddp.build import Run
-from gpt2_ddp.metrics import StepMetrics, memory_mb
+from gpt2_ddp.metrics import StepMetrics, memory_mb, replace_file
 from gpt2_ddp.precision import peak_flops
 from gpt2_ddp.sampling import generate
 from gpt2_ddp.tokenizer import load_tokenizer
@@ -53,6 +57,28 @@ class StepTimer:
         before = time.perf_counter()
         yield
         self._start += time.perf_counter() - before
+
+
+def note_start(run: Run) -> None:
+    """Write config.json on rank 0: the configuration, the data, and the versions and hardware of each start."""
+    if not run.context.is_main:
+        return
+    file = run.config.out_dir / "config.json"
+    starts = checkpoint.read_json(file).get("starts", []) if file.exists() else []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": run.state.step,
+        "argv": sys.argv,
+        "host": socket.gethostname(),
+        "world_size": run.context.world_size,
+        "device": str(run.context.device),
+        "device_name": run.hardware.name,
+        "dtype": str(run.precision.dtype),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    values = {"config": run.config.to_json(), "data_fingerprint": run.sources.fingerprint, "starts": [*starts, start]}
+    replace_file(file, json.dumps(values, indent=2) + "\n")
 
 
 def is_time(run: Run, every: int) -> bool:

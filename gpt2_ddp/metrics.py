@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,32 +73,88 @@ class NullLog:
     def close(self) -> None: ...
 
 
-class FileLog:
-    """The log of the first rank, in the run directory."""
+class Board(Protocol):
+    """Another place that shows a run's numbers."""
 
-    def __init__(self, out_dir: Path, *, resumed_step: int, tensorboard: bool = False) -> None:
+    def add(self, name: str, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Writes for TensorBoard into the folder `tensorboard` of the run directory."""
+
+    def __init__(self, out_dir: Path, *, resumed_step: int) -> None:
+        """
+        Raises:
+            ValueError: where the package is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
+        except ImportError as error:
+            raise ValueError(f'--tensorboard: {error}; pip install "gpt2_ddp[tensorboard]"') from None
+        self._writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def add(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(f"{name}/{key}", value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Sends to Weights & Biases, project gpt2_ddp, under the name of the run directory; a resumed run goes on there."""
+
+    def __init__(self, out_dir: Path) -> None:
+        """
+        Raises:
+            ValueError: where the package is not installed.
+        """
+        try:
+            import wandb  # slow to import, and an extra
+        except ImportError as error:
+            raise ValueError(f'--wandb: {error}; pip install "gpt2_ddp[wandb]"') from None
+        name = out_dir.resolve().name
+        identity = hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:12]
+        self._run = wandb.init(project="gpt2_ddp", name=name, id=identity, resume="allow", dir=str(out_dir))
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step} | {f"{name}/{key}": value for key, value in values.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class FileLog:
+    """The log of the first rank, in the run directory. A disk that refuses a line gets it later; training goes on."""
+
+    def __init__(self, out_dir: Path, *, resumed_step: int, boards: Sequence[Board] = ()) -> None:
         """Lines of metrics.jsonl past `resumed_step` are cut: their steps are about to be made again."""
         self.out_dir = out_dir
-        path = out_dir / "metrics.jsonl"
-        cut_metrics(path, resumed_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
-
-            self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self._path = out_dir / "metrics.jsonl"
+        self._boards = boards
+        self._unwritten = b""
+        cut_metrics(self._path, resumed_step)
+        self._file = self._path.open("ab", buffering=0)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def event(self, name: str, *, step: int, **values: Any) -> None:
         line = {"event": name, "step": step} | {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{name}/{key}", value, step)
+        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        self._write()
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        for board in self._boards:
+            board.add(name, step, numbers)
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            warn(f"{self._path}: {error.strerror}; its lines wait in memory")
 
     def train(self, metrics: StepMetrics) -> None:
         self.say(metrics.console_line())
@@ -104,17 +162,22 @@ class FileLog:
         self.event("train", step=values.pop("step"), **values)
 
     def status(self, state: str, *, step: int, **values: Any) -> None:
-        replace_file(self.out_dir / "status.json", json.dumps({"state": state, "step": step} | values) + "\n")
+        file = self.out_dir / "status.json"
+        try:
+            replace_file(file, json.dumps({"state": state, "step": step} | values) + "\n")
+        except OSError as error:
+            warn(f"{file}: {error.strerror}; it should say {state} at step {step}")
 
     def cut(self, last_step: int) -> None:
+        self._write()
         self._file.close()
-        cut_metrics(self.out_dir / "metrics.jsonl", last_step)
-        self._file = (self.out_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        cut_metrics(self._path, last_step)
+        self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def _finite(value: Any) -> Any:

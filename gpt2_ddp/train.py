@@ -7,14 +7,13 @@ torchrun --nproc_per_node=8 -m gpt2_ddp.train --model gpt2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import astuple
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gpt2_ddp import cli, optim, resume
-from gpt2_ddp.build import Run, build_run, note_start
+from gpt2_ddp.build import Run, build_run
 from gpt2_ddp.checkpoint import step_name
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import StepBatch, chained_hash
@@ -24,6 +23,7 @@ from gpt2_ddp.events import (
     StepTimer,
     is_time,
     log_step,
+    note_start,
     report_saves,
     sample,
     save,
@@ -142,8 +142,7 @@ def run_training(config: TrainConfig) -> int:
             outcome = train(run)
             finish(run, outcome)
         except BaseException as error:
-            with suppress(OSError):
-                run.log.status("failed", step=run.state.step, error=f"{type(error).__name__}: {error}")
+            run.log.status("failed", step=run.state.step, error=f"{type(error).__name__}: {error}")
             raise
         finally:
             run.close()

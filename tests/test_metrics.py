@@ -9,7 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpt2_ddp.metrics import FileLog, NullLog, StepMetrics, cut_metrics, memory_mb, replace_file
+from gpt2_ddp.metrics import (
+    FileLog,
+    NullLog,
+    StepMetrics,
+    TensorBoard,
+    WeightsAndBiases,
+    cut_metrics,
+    memory_mb,
+    replace_file,
+)
 
 TRAIN_FIELDS = [
     "event", "step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_sec", "mfu", "tokens_seen", "data_hash",
@@ -125,12 +134,12 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
 
 def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = FileLog(tmp_path, resumed_step=0, tensorboard=True)
+    log = FileLog(tmp_path, resumed_step=0, boards=[TensorBoard(tmp_path, resumed_step=0)])
     for step in (1, 2, 3):
         log.train(step_metrics(step, loss=10.0 - step))
         log.event("val", step=step, val_loss=20.0 - step)
     log.close()
-    log = FileLog(tmp_path, resumed_step=2, tensorboard=True)
+    log = FileLog(tmp_path, resumed_step=2, boards=[TensorBoard(tmp_path, resumed_step=2)])
     log.train(step_metrics(3, loss=0.5))
     log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -156,3 +165,27 @@ def test_the_other_ranks_say_nothing(
 def test_memory_is_in_mebibytes() -> None:
     assert memory_mb(3 << 20) == 3.0
     assert memory_mb(None) == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
+
+
+def test_weights_and_biases_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = FileLog(tmp_path, resumed_step=0, boards=[WeightsAndBiases(tmp_path)])
+    log.train(step_metrics(1, loss=9.5))
+    assert wandb.run.summary["train/loss"] == 9.5
+    log.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_lines_that_a_full_disk_refused_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = FileLog(tmp_path, resumed_step=0)
+    log.event("val", step=1, val_loss=1.0)
+    free, log._file = log._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    log.event("val", step=2, val_loss=2.0)
+    assert "No space left on device" in capsys.readouterr().err
+    log._file.close()
+    log._file = free
+    log.event("val", step=3, val_loss=3.0)
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
