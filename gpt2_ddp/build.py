@@ -110,7 +110,9 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
         train_model=train_model,
         reduction=make_reduction(train_model, context, plan, reproducible=config.reproducible),
         optimizer=optimizer,
-        skips=optim.SkipCount(found.state.get("skipped", 0), context.device),
+        skips=optim.SkipCount(
+            found.state.get("skipped", 0), context.device, in_a_row=found.state.get("skipped_in_a_row", 0)
+        ),
         guard=guard,
         data=open_data(config, context, plan, sources.train, first_step=state.step + guard.passed_over + 1),
         sources=sources,
@@ -119,7 +121,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
         stop=stop,
         watchdog=Watchdog(context, config.timeout),
         state=state,
-        tokenizer=tokenizer_files(),
+        tokenizer=tokenizer_files() if context.is_main else {},
     )
 
 

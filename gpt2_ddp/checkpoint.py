@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 CHUNK = 1 << 22
+MAX_JSON_BYTES = 16 << 20
+"""A vocabulary has 1 MB."""
 
 
 def step_name(step: int) -> str:
@@ -115,7 +117,7 @@ def _flush_directory(path: Path) -> None:
 def faults(path: Path) -> list[str]:
     """What is wrong with the checkpoint `path`, one phrase a fault; empty where every byte is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = read_json(path / MANIFEST)
         entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         version = manifest["version"]
     except FileNotFoundError:
@@ -123,7 +125,7 @@ def faults(path: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
     if version != MANIFEST_VERSION or not entries:
-        return [f"{MANIFEST} has version {version!r} and {len(entries)} files"]
+        return [f"{MANIFEST} has version {str(version)[:40]!r} and {len(entries)} files"]
     found = [_fault(path, name, size, sha256) for name, (size, sha256) in entries.items()]
     return [fault for fault in found if fault]
 
@@ -132,7 +134,7 @@ def _fault(path: Path, name: str, size: int, sha256: str) -> str | None:
     file = path / name
     try:
         if name in ("", ".", "..") or Path(name).name != name or file.is_symlink():
-            return f"{name!r} is no file of the checkpoint"
+            return f"{name[:60]!r} is no file of the checkpoint"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
@@ -210,8 +212,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: where the file holds something else.
+        ValueError: where the file holds something else, or more than anything of ours.
     """
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -109,9 +109,9 @@ def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
             skipped=run.skips.total(),
         )
     )
-    if run.skips.in_a_row() > config.skip_limit:
+    if run.skips.longest() > config.skip_limit:
         raise RuntimeError(
-            f"step {state.step}: {run.skips.in_a_row()} steps in a row had a loss or gradient that is not finite "
+            f"step {state.step}: {run.skips.longest()} steps in a row had a loss or gradient that is not finite "
             f"(--skip-limit {config.skip_limit}); lower --max-lr, or look at the data"
         )
 
@@ -162,7 +162,9 @@ def sample(run: Run) -> None:
 
 
 def save(run: Run, *, final: bool = False) -> None:
-    """Start to save; the files are made on the one rank that writes them."""
+    """Start to save; the files are made on the one rank that writes them. From the `final` save on no rank waits."""
+    if final:
+        run.watchdog.dismiss()
     run.writer.save(
         run.state.step,
         lambda: resume.checkpoint_files(
@@ -170,7 +172,7 @@ def save(run: Run, *, final: bool = False) -> None:
             plan=run.plan,
             data_fingerprint=run.sources.fingerprint,
             state=run.state,
-            skipped=run.skips.total(),
+            skips=run.skips,
             guard=run.guard,
             numerics=run.numerics,
             model=run.model,
@@ -182,12 +184,10 @@ def save(run: Run, *, final: bool = False) -> None:
     )
 
 
-def report_saves(run: Run, *, wait: bool = False) -> bool:
-    """Tell how the saves that ended went; whether the last of them is on the disk."""
-    good = True
+def report_saves(run: Run, *, wait: bool = False) -> None:
+    """Tell how the saves that ended went."""
     for report in run.writer.reports(wait=wait):
-        good = report.error is None
-        if good:
+        if report.error is None:
             run.log.event(
                 "checkpoint",
                 step=report.step,
@@ -197,4 +197,3 @@ def report_saves(run: Run, *, wait: bool = False) -> bool:
             )
         else:
             run.log.say(f"step {report.step} | could not save: {report.error}; the older checkpoints are untouched")
-    return good

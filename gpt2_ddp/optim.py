@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What PyTorch's AdamW keeps of every parameter: a float32 scalar, and two moments of the parameter's shape."""
+
 
 def learning_rate(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, min_lr: float) -> float:
     """The rate of update `step`, counted from 1: linear to `max_lr` at `warmup_steps`, then a cosine to `min_lr`.
@@ -55,13 +58,20 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     """Give `optimizer` the state that `optimizer_tensors` gave out, on the devices of the parameters.
 
     Raises:
-        ValueError: for a name or a shape that is not the model's.
+        ValueError: for a name, a shape or a dtype that is not the model's, or where a part of the state is missing.
     """
     parameters = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(".")
-        if name not in parameters or tensor.shape not in (parameters[name].shape, torch.Size([])):
-            raise ValueError(f"the optimizer state {full_name} {tuple(tensor.shape)} fits no parameter of the model")
+        shape = None if name not in parameters else torch.Size([]) if key == "step" else parameters[name].shape
+        if tensor.shape != shape or key not in ADAMW_STATE or tensor.dtype != torch.float32:
+            found = f"{full_name} {tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"the optimizer state {found} fits no parameter of the model")
+    missing = [f"{name}.{key}" for name in parameters for key in ADAMW_STATE if f"{name}.{key}" not in tensors]
+    if tensors and missing:  # before the first update there is no state at all
+        raise ValueError(f"the optimizer state lacks {missing[0]} and {len(missing) - 1} more")
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition(".")
         optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
 
 
@@ -82,12 +92,10 @@ def apply_update(
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     skipped = ~norm.isfinite()
+    optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+    optimizer.step()  # not by `scaler.step`, which knows of bad gradients, but not of a norm past float32
     if scaler.is_enabled():
-        scaler.step(optimizer)
         scaler.update()
-    else:
-        optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped
 
@@ -95,13 +103,20 @@ def apply_update(
 class SkipCount:
     """Counts skipped updates on the device, in all and in a row."""
 
-    def __init__(self, total: int, device: torch.device) -> None:
-        self._total = torch.tensor(total, device=device)
-        self._in_a_row = torch.tensor(0, device=device)
+    def __init__(self, total: int, device: torch.device, in_a_row: int = 0) -> None:
+        self._device = device
+        self.restore(total, in_a_row)
+
+    def restore(self, total: int, in_a_row: int) -> None:
+        """Go on from the counts of a checkpoint."""
+        self._total = torch.tensor(total, device=self._device)
+        self._in_a_row = torch.tensor(in_a_row, device=self._device)
+        self._longest = torch.tensor(0, device=self._device)
 
     def add(self, skipped: Tensor) -> None:
         self._total += skipped
         self._in_a_row = (self._in_a_row + 1) * skipped
+        self._longest = torch.maximum(self._longest, self._in_a_row)
 
     def total(self) -> int:
         """Waits for the device."""
@@ -110,3 +125,7 @@ class SkipCount:
     def in_a_row(self) -> int:
         """Waits for the device."""
         return int(self._in_a_row)
+
+    def longest(self) -> int:
+        """The most in a row since the start of the process. Waits for the device."""
+        return int(self._longest)

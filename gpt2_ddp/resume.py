@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,12 @@ from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.model import GPT
+
+COUNTS = ("step", "tokens_seen", "skipped", "skipped_in_a_row")
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+"""What `torch.amp.GradScaler.state_dict` gives."""
+MAX_COUNT = 1 << 62
+"""What a checkpoint counts fits in 64 bits."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +49,7 @@ def checkpoint_files(
     plan: BatchPlan,
     data_fingerprint: str,
     state: TrainState,
-    skipped: int,
+    skips: optim.SkipCount,
     guard: SpikeGuard,
     numerics: Mapping[str, object] | None,
     model: GPT,
@@ -53,7 +60,8 @@ def checkpoint_files(
     """The files of a checkpoint: a Hugging Face GPT-2 directory, the optimizer's state and the run's."""
     trainer_state = {
         **asdict(state),
-        "skipped": skipped,
+        "skipped": skips.total(),
+        "skipped_in_a_row": skips.in_a_row(),
         "spike_guard": guard.state(),
         "numerics": numerics,
         "batch": asdict(plan),
@@ -110,18 +118,35 @@ def read_state(path: Path) -> dict[str, Any]:
     """The trainer_state.json of a checkpoint.
 
     Raises:
-        ValueError: where a field that training goes on from is missing or of another kind.
+        ValueError: where a field that training goes on from is missing or cannot be what it should be.
     """
     file = path / "trainer_state.json"
     state = checkpoint.read_json(file)
-    kinds = {"step": int, "tokens_seen": int, "data_hash": str, "skipped": int, "scaler": dict, "config": dict,
-             "spike_guard": dict}  # fmt: skip
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
-            raise ValueError(f"{file}: {name} is {str(state.get(name))[:40]!r}, not a {kind.__name__}")
-    if min(state["step"], state["tokens_seen"], state["skipped"]) < 0:
-        raise ValueError(f"{file}: a count is negative")
+    guard, scaler = state.get("spike_guard"), state.get("scaler")
+    good = {
+        **{name: _is_count(state.get(name)) for name in COUNTS},
+        "data_hash": isinstance(state.get("data_hash"), str),
+        "config": isinstance(state.get("config"), dict),
+        "spike_guard": isinstance(guard, dict)
+        and _is_count(guard.get("passed_over"))
+        and _is_count(guard.get("rollbacks"))
+        and isinstance(guard.get("recent"), list)
+        and all(map(_is_finite, guard["recent"])),
+        "scaler": scaler == {}
+        or (isinstance(scaler, dict) and scaler.keys() == SCALER and all(map(_is_finite, scaler.values()))),
+    }
+    for name, is_good in good.items():
+        if not is_good:
+            raise ValueError(f"{file}: {name} cannot be {json.dumps(state.get(name))[:60]}")
     return state
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < MAX_COUNT
 
 
 def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprint: str) -> None:

@@ -40,10 +40,15 @@ class CheckpointWriter:
         self.enabled = enabled
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saves: list[Future[SaveReport]] = []
+        self.last_error: str | None = None
+        """Why the last of the saves reported so far failed."""
 
     def save(self, step: int, files: Callable[[], Mapping[str, Content]], *, final: bool = False) -> None:
-        """Start to save what `files` gives as the checkpoint of `step`, after the save before it has ended."""
-        if not self.enabled:
+        """Start to save what `files` gives as the checkpoint of `step`, after the save before it has ended.
+
+        A checkpoint of that step that is there already, because the run was resumed from it, stays as it is.
+        """
+        if not self.enabled or (self.directory / step_name(step)).exists():
             return
         start = time.perf_counter()
         if wait(self._saves, None if final else self.patience).not_done:
@@ -69,7 +74,10 @@ class CheckpointWriter:
         """The saves that ended since the last call; with `wait` all that were started."""
         ended = [save for save in self._saves if wait or save.done()]
         self._saves = [save for save in self._saves if save not in ended]
-        return [save.result() for save in ended]
+        reports = [save.result() for save in ended]
+        if reports:
+            self.last_error = reports[-1].error
+        return reports
 
     def close(self) -> None:
         """Wait for a save in flight: it is finished, not torn."""

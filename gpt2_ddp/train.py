@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 -m gpt2_ddp.train --model gpt2
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple
 
@@ -74,11 +75,14 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     """One update from the tokens of all ranks; the gradients are reduced once, in the last micro-step."""
     config, scaler = run.config, run.precision.scaler
     for micro_step, (ids, targets) in enumerate(batch.micro_batches(run.context.device), start=1):
+        if config.dropout:
+            torch.manual_seed(dropout_seed(run, batch.step, micro_step))
         with run.reduction.micro_step(micro_step):
             with run.precision.autocast():
                 loss = run.train_model(ids, targets)
             scaler.scale(loss * run.reduction.weight).backward()
         run.reduction.add(loss.detach())
+        run.context.beat()
     mean_loss = run.reduction.finish()
     lr = optim.learning_rate(
         run.state.step + 1,
@@ -94,6 +98,13 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     return StepResult(loss=mean_loss, grad_norm=norm, lr=lr)
 
 
+def dropout_seed(run: Run, step: int, micro_step: int) -> int:
+    """64 bits from the run's seed and the micro-batch's place in the data: any rank, in any process, draws one mask."""
+    place = run.context.rank * run.plan.grad_accum_steps + micro_step
+    digest = hashlib.sha256(f"gpt2_ddp dropout {run.config.seed} {step} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def go_back(run: Run, result: StepResult) -> None:
     """Take up the last checkpoint again and pass over the data consumed since; every rank sees the same loss."""
     spike_step, loss = run.state.step + 1, float(result.loss)
@@ -102,6 +113,7 @@ def go_back(run: Run, result: StepResult) -> None:
     run.model.load_state_dict(run.context.broadcast_tensors(resume.model_tensors(found, run.context)))
     restored = resume.restore(found, run.context, run.model, run.optimizer, run.precision.scaler)
     run.state.step, run.state.tokens_seen, run.state.data_hash = astuple(restored)
+    run.skips.restore(found.state["skipped"], found.state["skipped_in_a_row"])
     run.guard.went_back(spike_step=spike_step, checkpoint_step=restored.step, state=found.state["spike_guard"])
     run.data.seek(restored.step + run.guard.passed_over + 1)
     run.log.cut(restored.step)
@@ -113,9 +125,9 @@ def go_back(run: Run, result: StepResult) -> None:
 
 def finish(run: Run, outcome: str) -> None:
     """Wait for the last save and say how the run ended. No rank waits for another from here on."""
-    run.watchdog.dismiss()
-    if not report_saves(run, wait=True):
-        raise RuntimeError(f"the checkpoint of step {run.state.step}, the last one, could not be saved")
+    report_saves(run, wait=True)
+    if run.writer.last_error:
+        raise RuntimeError(f"the last checkpoint, of step {run.state.step}, is not saved: {run.writer.last_error}")
     run.stop.clear(run.context)
     run.log.event("finish" if outcome == "finished" else "stop", step=run.state.step, reason=run.stop.reason)
     run.log.status(outcome, step=run.state.step)
