@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.gradients import GradientReduction
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
+from gpt2_ddp.lock import sole_use
 from gpt2_ddp.metrics import (
     Board,
     FileLog,
@@ -76,8 +79,10 @@ class Run:
         self.log.close()
 
 
-def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> Run:
+def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held: ExitStack) -> Run:
     """Check everything that a user can have got wrong, then build the run; collective over the ranks.
+
+    The run directory is held for this run until `held` is closed.
 
     Raises:
         ValueError: for the user's mistakes, with the same outcome on every rank.
@@ -85,6 +90,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
+    context.from_main(lambda: hold_directory(config.out_dir, held))
     found = context.from_main(lambda: resume.find_resume(config, sources.fingerprint))
     hardware = found_hardware(context.device)
     dtype, warning = choose_dtype(config.dtype, hardware)
@@ -123,6 +129,16 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest) -> R
         state=state,
         tokenizer=tokenizer_files() if context.is_main else {},
     )
+
+
+def hold_directory(out_dir: Path, held: ExitStack) -> None:
+    """Make the run directory and keep other trainers out of it.
+
+    Raises:
+        ValueError: where another one is at work there.
+    """
+    (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    held.enter_context(sole_use(out_dir))
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:

@@ -85,7 +85,6 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
         ValueError: where the run there has another model, seed, batch or data, or nothing good is left of it.
     """
     directory, config_file = config.out_dir / "checkpoints", config.out_dir / "config.json"
-    directory.mkdir(parents=True, exist_ok=True)
     (config.out_dir / ".writable").touch()
     (config.out_dir / ".writable").unlink()
     if config.resume == "never":

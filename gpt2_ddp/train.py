@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import astuple
 
 import torch
@@ -138,8 +139,8 @@ def finish(run: Run, outcome: str) -> None:
 def run_training(config: TrainConfig) -> int:
     """Everything between the command line and the exit status."""
     stop = StopRequest(config.out_dir)
-    with open_context(config.device) as context:
-        run = build_run(config, context, stop)
+    with open_context(config.device) as context, ExitStack() as held:
+        run = build_run(config, context, stop, held)
         try:
             if run.state.step >= config.max_steps:
                 run.log.say(

@@ -13,6 +13,8 @@ from collections import deque
 from contextlib import suppress
 from typing import Any
 
+from torch.distributed import is_torchelastic_launched
+
 from gpt2_ddp.distributed import DistContext
 
 SILENCE_SECONDS = 60.0
@@ -31,11 +33,12 @@ class Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         self._context, self._timeout, self._silence = context, timeout, min(timeout, SILENCE_SECONDS)
         self._ticks = 0
+        self._torchrun = os.getppid() if is_torchelastic_launched() else None
         self._ended = threading.Event()
 
     def watch(self) -> None:
-        """Begin, unless that has been done or there is nobody to wait for."""
-        if self._context.store is not None and not self.is_alive() and not self._ended.is_set():
+        """Begin, unless that has been done or there is nobody to watch."""
+        if (self._context.store or self._torchrun) and not self.is_alive() and not self._ended.is_set():
             self._context.shorten_timeouts(self._timeout + 30)  # later than this thread, which can name who is late
             self.start()
 
@@ -43,6 +46,11 @@ class Watchdog(threading.Thread):
         recent: deque[list[dict[str, Any]]] = deque(maxlen=6)
         beats, since = [-1], time.monotonic()
         while not self._ended.wait(min(1.0, self._timeout / 10)):
+            if self._torchrun not in (None, os.getppid()):
+                print("error: torchrun has died: ending too", file=sys.stderr, flush=True)
+                os._exit(1)  # nobody would restart or stop this rank, and the next start needs the run directory
+            if self._context.store is None:
+                continue
             recent.append(self._look())
             if beats != [told["beats"] for told in recent[-1]]:
                 beats, since = [told["beats"] for told in recent[-1]], time.monotonic()
