@@ -35,8 +35,8 @@ class TrainConfig:
 
     sequence_length: int = 1024
     """Tokens in a training sequence."""
-    micro_batch_size: int = 4
-    """Sequences that one rank computes at once."""
+    micro_batch_size: int | Literal["auto"] = 4
+    """Sequences that one rank computes at once; auto takes the largest power of two that fits in memory."""
     total_batch_size: int = 32768
     """Tokens in a step, over all ranks and micro-steps."""
     max_steps: int = 19073
@@ -118,7 +118,7 @@ class TrainConfig:
         if self.sequence_length > block_size:
             faults.append(f"--sequence-length {self.sequence_length} is past the model's {block_size}")
         for name in ("sequence_length", "micro_batch_size", "total_batch_size", "max_steps", "log_every"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
                      "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit", "check_ranks_every", "max_lr",

@@ -113,6 +113,16 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
     return Resume(path=path, state=state, said=said)
 
 
+def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:
+    """The micro-batch of the run in --out-dir, which a resume should keep; None where there is none that divides."""
+    file = config.out_dir / "config.json"
+    saved = checkpoint.read_json(file).get("config") if config.resume == "auto" and file.exists() else None
+    size = saved.get("micro_batch_size") if isinstance(saved, dict) else None
+    if not isinstance(size, int) or size < 1 or config.total_batch_size % (size * config.sequence_length * world_size):
+        return None
+    return size
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The trainer_state.json of a checkpoint.
 

@@ -13,7 +13,7 @@ from running import ROOT, environment
 
 PACKAGES = ("gpt2_ddp", "data_prep", "eval", "launch")
 FOUNDATION = {"model", "tokenizer", "shards", "distributed", "precision", "cli"}
-COMPOSERS = {"train", "build", "resume", "events", "saver", "bench"}
+COMPOSERS = {"train", "build", "compute", "resume", "events", "saver", "bench"}
 """The modules that put the parts together; all others know only the foundation."""
 
 

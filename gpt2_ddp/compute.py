@@ -1,0 +1,129 @@
+"""What a run computes with: the micro-batch, the model, the optimizer, and how gradients are summed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from gpt2_ddp import gradients, memory, optim, pretrained, resume
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data import BatchPlan
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.metrics import warn
+from gpt2_ddp.model import GPT, model_config
+from gpt2_ddp.precision import Hardware, Precision, choose_compile
+from gpt2_ddp.resume import Resume
+
+
+def settle_micro_batch(config: TrainConfig, context: DistContext, precision: Precision) -> TrainConfig:
+    """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
+    context.together(lambda: memory.require_fit(model_config(config.model), context.device))
+    if config.micro_batch_size != "auto":
+        return config
+    size = context.from_main(lambda: resume.saved_micro_batch(config, context.world_size))
+    return replace(
+        config,
+        micro_batch_size=size
+        or memory.choose_micro_batch(
+            model_config(config.model),
+            precision,
+            context,
+            sequences_per_step=config.total_batch_size // config.sequence_length,
+            sequence_length=config.sequence_length,
+        ),
+    )
+
+
+def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:
+    """The raw model with the weights to begin with, the same on every rank, and an optimizer over it."""
+    model = context.together(lambda: start_weights(config, found, is_main=context.is_main))
+    model.load_state_dict(context.broadcast_tensors(dict(model.state_dict()) if context.is_main else None))
+    model.to(context.device)
+    betas = (config.beta1, config.beta2)
+    return model, optim.make_optimizer(model, weight_decay=config.weight_decay, betas=betas, device=context.device)
+
+
+def start_weights(config: TrainConfig, found: Resume, *, is_main: bool) -> GPT:
+    """The model with its first weights on rank 0; elsewhere one of the same shape whose weights are undefined."""
+    model = GPT(model_config(config.model, dropout=config.dropout))
+    if not is_main:
+        return model
+    if found.path is None and config.init_from is None:
+        return model.init_weights(config.seed)
+    source = found.path or pretrained.find_model(str(config.init_from))
+    loaded = pretrained.load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
+    if loaded.config != model.config:
+        raise ValueError(f"{source} is no {config.model}: it has {loaded.config}")
+    return loaded
+
+
+def choose_numerics(
+    config: TrainConfig,
+    context: DistContext,
+    plan: BatchPlan,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    found: Resume,
+) -> dict[str, object]:
+    """What bits depend on beside the configuration: checked against every rank and the resumed run, and set up.
+
+    Raises:
+        ValueError: where it differs, or the micro-batches and ranks make no full binary tree.
+    """
+    numerics: dict[str, object] = {
+        "device": hardware.name,
+        "dtype": str(dtype),
+        "compile": choose_compile(config.compile, hardware),
+        "torch": torch.__version__,
+        "micro_batch_size": plan.micro_batch_size,
+    }
+    saved = (found.state.get("numerics") or {}) if found.path else None
+    gradients.require_same_numerics(context.gather(numerics), saved)
+    gradients.require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
+    gradients.use_deterministic_kernels(context.device)
+    return numerics
+
+
+def make_reduction(
+    train_model: nn.Module, context: DistContext, plan: BatchPlan, *, reproducible: bool
+) -> gradients.GradientReduction:
+    """How the gradients of a step are summed: by DDP, or in the fixed tree of --reproducible."""
+    kind = gradients.TreeReduction if reproducible else gradients.DDPReduction
+    return kind(train_model, context, plan.grad_accum_steps)
+
+
+def trainable(
+    model: GPT, precision: Precision, plan: BatchPlan, context: DistContext, *, compiled: bool, ddp: bool
+) -> nn.Module:
+    """`model` compiled where that works and wrapped by DDP, warmed up by backward passes that leave nothing behind.
+
+    DDP orders its buckets anew after the first backward of a process. Were that a step of training, a resumed
+    process would add the gradients of its first step in another order than the uninterrupted one did.
+    """
+    ids = torch.zeros(plan.micro_batch_size, plan.sequence_length, dtype=torch.int64, device=context.device)
+
+    def warm_up(module: nn.Module) -> None:
+        with precision.autocast():
+            loss = module(ids, ids)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    train_model: nn.Module = model
+    if compiled:
+        reason = None
+        try:
+            train_model = torch.compile(model)  # type: ignore[assignment]
+            warm_up(train_model)
+        except Exception as error:  # a compiler fails in more ways than can be listed
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if context.any(reason is not None):
+            train_model = model
+            if reason:
+                warn(f"torch.compile failed ({reason}): training without it")
+    wrapped = context.wrap(train_model) if ddp else train_model
+    if wrapped is not train_model:
+        warm_up(wrapped)
+        warm_up(wrapped)  # the buckets are ordered anew when the second pass begins
+    return wrapped
