@@ -55,8 +55,8 @@ class Files:
             elif piece.path.suffix == ".jsonl":
                 yield from json_documents(piece, self.text_field)
             else:
-                if self._rows is None or not self._rows.leads_to(piece):
-                    self._rows = ParquetRows(piece, self.text_field)
+                if self._rows is None or self._rows.path != piece.path:
+                    self._rows = ParquetRows(piece.path, self.text_field)
                 yield from self._rows.take(piece)
 
     def _digest(self) -> str:
@@ -90,11 +90,13 @@ def _files(arguments: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            if path.suffix in KINDS and path.is_file():
-                yield path
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_under(Path(entry))
+        elif Path(entry).suffix in KINDS and entry.is_file():
+            yield Path(entry)
 
 
 def _distinct(arguments: tuple[str, ...]) -> list[Path]:

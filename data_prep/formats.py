@@ -55,6 +55,7 @@ def _cut(text: bytes, target: int) -> int:
 
     At most `DOCUMENT_BYTES` further on, so that neighbouring pieces find the same cuts.
     """
+    target = min(target, len(text))
     window = text[target : target + DOCUMENT_BYTES]
     found = re.search(rb"\n[ \t\r]*\n", window) or re.search(rb"\n", window)
     if found:
@@ -118,20 +119,21 @@ def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
 
 
 class ParquetRows:
-    """The texts of one row group, read forwards in constant memory."""
+    """The texts of one file, in constant memory. Pieces of a row group cost least in their order."""
 
-    def __init__(self, piece: Piece, text_field: str) -> None:
-        self._path, self._row_group, self._next = piece.path, piece.row_group, 0
-        self._file = _open_parquet(piece.path, text_field)
-        self._batches = self._file.iter_batches(PARQUET_ROWS, row_groups=[piece.row_group], columns=[text_field])
+    def __init__(self, path: Path, text_field: str) -> None:
+        self.path, self._text_field = path, text_field
+        self._file = _open_parquet(path, text_field)
+        self._row_group, self._next = -1, 0
+        self._batches: Iterator[Any] = iter(())
         self._texts: Any = pyarrow.array([])
 
-    def leads_to(self, piece: Piece) -> bool:
-        """Whether `piece` lies ahead."""
-        return (self._path, self._row_group) == (piece.path, piece.row_group) and self._next <= piece.start
-
     def take(self, piece: Piece) -> Iterator[str | None]:
-        """The texts of `piece`; rows before it are skipped."""
+        """The texts of `piece`; rows between the last piece and this one are skipped."""
+        if piece.row_group != self._row_group or piece.start < self._next:
+            self._row_group, self._next, self._texts = piece.row_group, 0, pyarrow.array([])
+            groups, columns = [piece.row_group], [self._text_field]
+            self._batches = self._file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns)
         while self._next < piece.stop:
             if not len(self._texts):
                 with _errors_named(piece.path):
