@@ -1,0 +1,161 @@
+"""Memory: the arithmetic against what PyTorch keeps and what the process holds; the search for a micro-batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from running import environment, final_hashes, python, train
+
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.memory import choose_micro_batch, largest_fitting, parameter_count, require_fit, training_memory
+from gpt2_ddp.model import GPT, SIZES, GPTConfig
+from gpt2_ddp.precision import Precision
+
+WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
+
+
+@pytest.mark.parametrize("name", sorted(set(SIZES) - {"gpt2-xl"}))
+def test_parameters_are_counted(name: str) -> None:
+    assert parameter_count(SIZES[name]) == sum(parameter.numel() for parameter in GPT(SIZES[name]).parameters())
+
+
+def test_the_largest_has_its_published_number_of_parameters() -> None:
+    assert parameter_count(SIZES["gpt2-xl"]) - 47 * 1600 == 1_557_611_200
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None:
+    model = GPT(WIDE).init_weights(0)
+    ids = torch.zeros(4, 128, dtype=torch.int64)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        Precision.of(dtype, torch.device("cpu")).autocast(),
+    ):
+        features = model.features(ids)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    reckoned = training_memory(WIDE, micro_batch_size=4, sequence_length=128, dtype=dtype)
+    lowered = sum(p.numel() for block in model.h for p in block.parameters() if p.dim() == 2) * 2
+    activations = sum(kept.values()) - (lowered if dtype != torch.float32 else 0)
+    assert features.shape == (4, 128, 256)
+    assert reckoned.activations == pytest.approx(activations, rel=0.08)
+
+
+MEASURE = """
+import sys, threading, psutil, torch
+from gpt2_ddp.model import GPT, SIZES
+from gpt2_ddp.memory import training_memory
+from gpt2_ddp.optim import apply_update, make_optimizer
+from gpt2_ddp.precision import Precision
+dtype, process = getattr(torch, sys.argv[1]), psutil.Process()
+torch.zeros(512, 512) @ torch.zeros(512, 512)
+before, peak, done = process.memory_info().rss, 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, process.memory_info().rss)
+thread = threading.Thread(target=watch); thread.start()
+model = GPT(SIZES["gpt2-mini"]).init_weights(0)
+optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
+precision, ids = Precision.of(dtype, torch.device("cpu")), torch.zeros(4, 256, dtype=torch.int64)
+for _ in range(2):
+    with precision.autocast():
+        loss = model(ids, ids)
+    loss.backward()
+    apply_update(optimizer, precision.scaler, loss=loss, grad_clip=1.0)
+done.set(); thread.join()
+reckoned = training_memory(SIZES["gpt2-mini"], micro_batch_size=4, sequence_length=256, dtype=dtype)
+print(reckoned.total / (peak - before))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sum_is_what_a_training_process_holds(dtype: str) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", MEASURE, dtype], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert 0.8 < float(told.stdout) < 1.2
+
+
+def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = Precision.of(torch.float32, torch.device("cpu"))
+
+    def chosen(free_sequences: float, sequences_per_step: int) -> int:
+        one = training_memory(WIDE, micro_batch_size=1, sequence_length=64, dtype=torch.float32)
+        free = (one.fixed + free_sequences * (one.total - one.fixed)) / 0.9
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
+        return choose_micro_batch(
+            WIDE, precision, DistContext(), sequences_per_step=sequences_per_step, sequence_length=64
+        )
+
+    assert chosen(1.5, 64) == 1
+    assert chosen(7.9, 64) == 4
+    assert chosen(8.5, 64) == 8
+    assert chosen(1000, 64) == 64
+    assert chosen(1000, 24) == 8
+    with pytest.raises(ValueError, match="not one sequence fits"):
+        chosen(0.5, 64)
+
+
+FAKE_SHORTAGE = """
+import torch
+from gpt2_ddp.distributed import open_context
+from gpt2_ddp.memory import largest_fitting
+with open_context("cpu") as context:
+    state = torch.get_rng_state()
+    best = largest_fitting([1, 2, 4, 8, 16], lambda size: size <= (4 if context.rank == 1 else 16), context)
+    assert torch.equal(state, torch.get_rng_state())
+    print(f"rank {context.rank} takes {best}", flush=True)
+"""
+
+
+def test_a_shortage_on_one_rank_counts_for_all(tmp_path: Path) -> None:
+    script = tmp_path / "shortage.py"
+    script.write_text(FAKE_SHORTAGE)
+    told = subprocess.run(
+        [*python(2), str(script)], env=environment(), capture_output=True, text=True, check=True, timeout=120
+    )
+    assert sorted(told.stdout.split("\n"))[1:] == ["rank 0 takes 4", "rank 1 takes 4"]
+
+
+def test_auto_is_the_same_run_as_its_number(tmp_path: Path, data_dir: Path, clean_run: Callable[..., Path]) -> None:
+    found = tmp_path / "auto"
+    train(found, data_dir, "--micro-batch-size=auto")
+    number = json.loads((found / "config.json").read_text())["config"]["micro_batch_size"]
+    assert number == 16  # all sequences of a step
+    assert final_hashes(found) == final_hashes(clean_run("--micro-batch-size=16"))
+    train(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
+    assert json.loads((found / "config.json").read_text())["config"]["micro_batch_size"] == 8
+
+
+def test_a_model_that_no_micro_batch_helps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    t4 = type("Properties", (), {"total_memory": 15 * 2**30})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: t4)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    require_fit(SIZES["gpt2-large"], torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"5\.8 GiB of weights.*are 23\.2 GiB, and Tesla T4 has 15\.0 GiB"):
+        require_fit(SIZES["gpt2-xl"], torch.device("cuda", 0))
+    require_fit(SIZES["gpt2-xl"], torch.device("cpu"))
+
+
+def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size < 4
+
+    assert largest_fitting([1, 2, 4, 8], fits, DistContext()) == 2
+    assert tried == [1, 2, 4]
