@@ -19,7 +19,16 @@ from typing import NoReturn, TypeVar
 import tyro
 
 OURS = {"gpt2_ddp", "data_prep", "eval"}
-DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 EXIT_FILE = "GPT2_DDP_EXIT_FILE"
 """Environment variable: the file that tells `python -m launch` how the trainer ended, whatever torchrun answers."""
 
@@ -69,9 +78,15 @@ def parse(config: Callable[..., Config], description: str, argv: Sequence[str] |
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, description=description, args=argv)
+            return tyro.cli(config, prog=_command(), description=description, args=argv)
     except SystemExit as ended:
         if ended.code in (0, None):
             raise
         box = re.sub(r"\x1b\[[0-9;]*m|╭.*╮", "", said.getvalue())
         raise ValueError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", box).split())) from None
+
+
+def _command() -> str:
+    """The command as a user types it: `python -m eval` rather than the path of a file in it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"

@@ -33,7 +33,7 @@ harness: the EleutherAI lm-evaluation-harness's, the activity before the context
 ENDINGS = 4
 MAX_LINE_BYTES = 1 << 16  # the longest line of the validation set has about 2,000
 PADDING = -1
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 """Tokens read at once, padding included."""
 HEAD_POSITIONS = 1024
 """How many positions' logits exist at once: 1024 x 50304 in float32 are 0.2 GB."""
