@@ -59,7 +59,7 @@ def resolved_revision(name: str, revision: str | None) -> str:
     except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
         raise ValueError(f"{name}: {str(error).splitlines()[-1]}") from error
     except OfflineModeIsEnabled:  # the user says that the data set is in the cache
-        return revision or "main"
+        return revision or ""
     except huggingface_hub.errors.HFValidationError as error:
         raise ValueError(f"{name}: neither a directory here nor a data set's name: {error}") from error
     except Exception as error:  # which network library fails, and how, depends on huggingface_hub's version
@@ -79,7 +79,7 @@ def load(name: str, *, config: str | None, split: str, revision: str, streaming:
     local = Path(name).is_dir()
     with _one_line(name):
         return datasets.load_dataset(
-            name, config, split=split, revision=None if local else revision, streaming=streaming
+            name, config, split=split, revision=None if local else revision or None, streaming=streaming
         )
 
 
@@ -90,15 +90,15 @@ def write_hellaswag(name: str, *, split: str, revision: str | None, path: Path) 
         ValueError: for an example that is not as in HellaSwag, and as `load`.
     """
     data = load(name, config=None, split=split, revision=resolved_revision(name, revision))
+    lines = [json.dumps(_hellaswag_example(row, f"{name}, row {number}")) for number, row in enumerate(data)]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     with open(unfinished, "w") as file:
-        for number, row in enumerate(data):
-            file.write(json.dumps(_hellaswag_example(row, f"{name}, row {number}")) + "\n")
+        file.writelines(f"{line}\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-    return len(data)
+    return len(lines)
 
 
 def _hellaswag_example(row: dict[str, Any], where: str) -> dict[str, Any]:
