@@ -23,7 +23,7 @@ class ValLoss(ModelChoice):
     """Tokens to predict, from the start of the validation shards; at most what they hold."""
     sequence_length: int | None = None
     """Tokens in a sequence: the fewer, the higher the loss; the model's own length if not given."""
-    micro_batch_size: int = TrainConfig.micro_batch_size
+    micro_batch_size: int = 4
     """Sequences that one rank computes at once."""
 
     def run(self) -> None:
