@@ -107,8 +107,8 @@ class LaunchPlan:
 def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     """The run that fits this node.
 
-    Every GPU gets a rank. On CPUs a rank gets about eight physical cores of one NUMA node, and the number of ranks
-    is a power of two, so that usual batch sizes divide.
+    Every GPU gets a rank. CPU cores are shared by a power of two of ranks, so that usual batch sizes divide: two, or
+    more where that leaves each no more than about eight cores and the cores of one NUMA node.
 
     Raises:
         ValueError: for more ranks than GPUs, ranks inside ranks, and nodes that do not know where to meet.
@@ -167,17 +167,19 @@ def usable_cores(found: Found) -> int:
 def cpu_ranks(found: Found) -> int:
     cores = usable_cores(found)
     numa_nodes = len({core.numa_node for core in found.cores}) if cores == len(found.cores) else 1
-    groups = min(cores, max(1, cores // CORES_PER_CPU_RANK, numa_nodes))
+    # Two ranks of one thread wait less for each other than two threads of one rank, once in a step.
+    groups = min(cores, max(2, cores // CORES_PER_CPU_RANK, numa_nodes))
     return 1 << (groups.bit_length() - 1)
 
 
 def cpu_affinity(found: Found, nproc: int) -> tuple[tuple[int, ...], ...]:
     """Whole cores for each rank, neighbours in the same NUMA node.
 
-    Empty for one rank, which needs no border, and where the visible cores are not all ours: pinning would then
-    put two containers or jobs on the same ones.
+    Empty on one NUMA node, where the kernel places threads better than a fixed border that other programs do not
+    respect, and where the visible cores are not all ours: two containers or jobs would be pinned to the same ones.
     """
-    if nproc == 1 or nproc > len(found.cores) or usable_cores(found) < len(found.cores):
+    one_node = len({core.numa_node for core in found.cores}) == 1
+    if one_node or nproc == 1 or nproc > len(found.cores) or usable_cores(found) < len(found.cores):
         return ()
     ordered = sorted(found.cores, key=lambda core: (core.numa_node, core.cpus))
     share = len(ordered) // nproc

@@ -61,8 +61,11 @@ class SlurmCluster:
 
 
 @contextmanager
-def slurm_cluster(directory: Path) -> Iterator[SlurmCluster]:
-    """Start the cluster under `directory`, wait until both nodes are idle, and end every process of it on leaving."""
+def slurm_cluster(directory: Path, inherited: Mapping[str, str]) -> Iterator[SlurmCluster]:
+    """Start the cluster under `directory`, wait until both nodes are idle, and end every process of it on leaving.
+
+    Its commands and jobs get the environment `inherited`.
+    """
     configuration = directory / "slurm.conf"
     key = directory / "munge.key"
     key.write_bytes(os.urandom(1024))
@@ -71,7 +74,6 @@ def slurm_cluster(directory: Path) -> Iterator[SlurmCluster]:
         (directory / name).mkdir()
     ports = iter(free_ports(1 + len(NODES)))
     configuration.write_text(slurm_conf(directory, next(ports), dict(zip(NODES, ports, strict=True))))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
     environment = {**inherited, "PATH": SYSTEM_PATH, "SLURM_CONF": str(configuration)}
     cluster = SlurmCluster(directory=directory, environment=environment)
     with ExitStack() as running:

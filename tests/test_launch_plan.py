@@ -33,8 +33,8 @@ def node(core_count: int, **others: object) -> Found:
 
 def test_laptop() -> None:
     planned = plan(node(2), NO_FLAGS)
-    assert (planned.nnodes, planned.nproc_per_node, planned.threads_per_rank) == (1, 1, 2)
-    assert planned.environment == {"OMP_NUM_THREADS": "2"}
+    assert (planned.nnodes, planned.nproc_per_node, planned.threads_per_rank) == (1, 2, 1)
+    assert planned.environment == {"OMP_NUM_THREADS": "1"}
     assert planned.torchrun[:2] == ("--standalone", "--nnodes=1")
     assert planned.torchrun[-2:] == ("-m", "gpt2_ddp.train")
 
@@ -69,6 +69,10 @@ def test_cpu_ranks_keep_to_whole_cores_of_one_numa_node() -> None:
     )
     assert planned.environment["GPT2_DDP_CPUS"].startswith("0,1,2,3,4,5,6,7,16")
     assert planned.torchrun[-3:] == ("-m", "launch.pinned", "gpt2_ddp.train")
+
+
+def test_ranks_on_one_numa_node_are_not_pinned() -> None:
+    assert plan(node(16), NO_FLAGS).affinity == ()
 
 
 def test_one_t4() -> None:
@@ -136,7 +140,7 @@ def test_slurm_nodes_without_srun_or_with_many_tasks_are_refused() -> None:
 
 def test_container_with_fewer_cpus_than_cores() -> None:
     planned = plan(node(32, cpu_quota=2.0, cores=cores(32, numa_nodes=2)), NO_FLAGS)
-    assert (planned.nproc_per_node, planned.threads_per_rank, planned.affinity) == (1, 2, ())
+    assert (planned.nproc_per_node, planned.threads_per_rank, planned.affinity) == (2, 1, ())
     assert plan(node(32, cpu_quota=0.5), NO_FLAGS).threads_per_rank == 1
 
 

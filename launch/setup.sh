@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Make .venv and install the project with the tested versions: bash launch/setup.sh [EXTRA,...]
+# Does nothing where that was done with the same setup.cfg and constraints. $PYTHON chooses another python3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=${1:-offline,plot}
+python=${PYTHON:-python3}
+
+if ! command -v "$python" >/dev/null; then
+  echo "error: no $python on PATH: install Python 3.10 or later, or name one with PYTHON=/path/to/python3" >&2
+  exit 2
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+  echo "error: $("$python" --version) is too old, 3.10 or later is needed: name one with PYTHON=/path/to/python3" >&2
+  exit 2
+fi
+
+wanted=$(cat setup.cfg launch/constraints.txt | cksum)
+for done in "$extras" test; do # [test] holds the other extras that are installed here
+  if [ -x .venv/bin/python ] && [ "$(cat ".venv/installed-$done" 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+  fi
+done
+if [ ! -x .venv/bin/python ]; then
+  echo "setup: making .venv with $("$python" --version)"
+  if ! "$python" -m venv .venv; then
+    rm -rf .venv
+    echo "error: $python cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv" >&2
+    exit 2
+  fi
+fi
+echo "setup: installing gpt2_ddp[$extras] and PyTorch into .venv; a minute or more the first time"
+constraints=(-c launch/constraints.txt)
+if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "setup: the tested versions need Python 3.11 or later; on this one the newest that fit are taken"
+  constraints=()
+fi
+.venv/bin/python -m pip install --quiet --disable-pip-version-check ${constraints[@]+"${constraints[@]}"} -e ".[$extras]"
+echo "$wanted" >".venv/installed-$extras"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Install with [test] where that was not done, then lint, types and tests: bash tests/run.sh [pytest flags]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh test
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+
+failed=
+check() {
+  echo "== $*"
+  "$@" || failed="$failed '$*'"
+}
+check ruff check .
+check ruff format --check .
+check mypy
+if [ -n "$failed" ]; then
+  echo "== failed:$failed; the tests follow"
+fi
+# Two at a time: a test that starts ranks keeps a core busy with each.
+check python -m pytest -n 2 --dist worksteal -rs "$@"
+[ -z "$failed" ]
