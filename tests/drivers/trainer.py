@@ -1,0 +1,78 @@
+"""The trainer with things going wrong: `python tests/drivers/trainer.py [trainer flags]`, also under torchrun.
+
+The environment variable FAULTS holds a JSON object: names of functions in faults.py and their arguments. The trainer
+has one more model, `gpt2-tiny`, whose steps take milliseconds. With `--serve` the process reads requests on its
+standard input and forks a trainer for each: a real process with an exit status and signals, without the seconds that
+importing torch takes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch._dynamo  # noqa: F401  so that forked trainers, which need it, have it
+from drivers.faults import FAULTS
+
+from gpt2_ddp import build, cli, train
+from gpt2_ddp.model import SIZES, GPTConfig
+
+TINY = GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=16)
+
+
+def run(argv: list[str], faults: dict[str, Any]) -> None:
+    """Train, with `faults`, and leave the process as `python -m gpt2_ddp.train` does."""
+    sys.argv = ["gpt2_ddp.train", *argv]
+    SIZES["gpt2-tiny"] = TINY
+    for name, arguments in faults.items():
+        FAULTS[name](**arguments)
+    cli.run(train.main)
+
+
+def leave(main: Callable[[], None]) -> None:
+    """End this process as `main` would, without taking the interpreter down, which costs more than a run."""
+    status = 1
+    try:
+        main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def serve() -> None:
+    """Answer each request, one line of JSON: `argv`, `faults`, `output` start a trainer, `wait` waits for it."""
+    files = build.tokenizer_files()
+    build.tokenizer_files = lambda: files
+    gc.freeze()  # else each child would copy all of this process's objects when it looks for garbage
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            answer = os.waitstatus_to_exitcode(status)
+        elif (answer := os.fork()) == 0:
+            os.setsid()
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                descriptor = os.open(f"{request['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            leave(lambda request=request: run(request["argv"], request["faults"]))
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+    else:
+        run(sys.argv[1:], json.loads(os.environ.get("FAULTS", "{}")))

@@ -1,0 +1,161 @@
+"""Runs the tiny trainer of trainer.py: in forked processes, which start at once, or under torchrun."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from running import ROOT, environment, python
+
+DRIVER = Path(__file__).parent / "trainer.py"
+TINY = {
+    "model": "gpt2-tiny",
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": "off",
+    "sequence-length": "8",
+    "micro-batch-size": "2",
+    "total-batch-size": "64",
+    "max-steps": "12",
+    "warmup-steps": "3",
+    "max-lr": "1e-2",
+    "val-every": "0",
+    "checkpoint-every": "4",
+    "keep-checkpoints": "0",
+}
+"""Four micro-batches a step, so that 1, 2 and 4 ranks make 4, 2 and 1 micro-steps; checkpoints at 4, 8 and 12."""
+
+Faults = Mapping[str, Mapping[str, Any]]
+
+
+def flags(out_dir: Path, data_dir: Path, *more: str) -> list[str]:
+    tiny = [part for name, value in TINY.items() for part in (f"--{name}", value)]
+    return [*tiny, "--out-dir", str(out_dir), "--data-dir", str(data_dir), *more]
+
+
+@functools.cache
+def server() -> subprocess.Popen[str]:
+    """The process that forks trainers; it ends with this one."""
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), "--serve"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def ask(**request: Any) -> int:
+    process = server()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a trainer ended; a negative status is the signal that killed it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A trainer that runs in a forked process."""
+
+    pid: int
+    output: Path
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> Ended:
+        returncode = ask(wait=self.pid)
+        said = [Path(f"{self.output}.{name}").read_text() for name in ("stdout", "stderr")]
+        return Ended(returncode=returncode, stdout=said[0], stderr=said[1])
+
+
+def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None) -> Trainer:
+    """Start to train on one rank and return at once."""
+    output = out_dir.parent / f"{out_dir.name}.output"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pid = ask(argv=flags(out_dir, data_dir, *more), faults=faults or {}, output=str(output))
+    return Trainer(pid=pid, output=output)
+
+
+def train(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, status: int = 0) -> Ended:
+    """Train on one rank until the process ends, which must be with `status`."""
+    done = start(out_dir, data_dir, *more, faults=faults).wait()
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start_ranks(
+    nproc: int,
+    out_dir: Path,
+    data_dir: Path,
+    *more: str,
+    faults: Faults | None = None,
+    torchrun: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Start torchrun with `nproc` ranks, in a session of its own, and return at once."""
+    return subprocess.Popen(
+        [*python(nproc, torchrun), str(DRIVER), *flags(out_dir, data_dir, *more)],
+        env=environment({"FAULTS": json.dumps(faults or {})} | dict(env or {})),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, timeout: float = 240) -> Ended:
+    """Wait for what `start_ranks` started; nothing of it is left running."""
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return Ended(returncode=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def train_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, status: int = 0, **options: Any) -> Ended:
+    """Train under torchrun until it ends, which must be with `status`."""
+    done = finish(start_ranks(nproc, out_dir, data_dir, *more, **options))
+    assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def clean_run(shared_folder: Path, data_dir: Path, *more: str, nproc: int = 0, faults: Faults | None = None) -> Path:
+    """A finished run that nothing disturbed, made once a session. Copy it to change it."""
+    key = f"tiny{nproc}-{functools.reduce(lambda text, part: text + part, more, '')}{json.dumps(faults or {})}"
+    folder = shared_folder / "".join(letter if letter.isalnum() else "-" for letter in key)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            if nproc:
+                train_ranks(nproc, folder, data_dir, *more, faults=faults)
+            else:
+                train(folder, data_dir, *more, faults=faults)
+            (folder / "done").touch()
+    return folder
