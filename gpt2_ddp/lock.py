@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PATIENCE_SECONDS = 15.0
+PATIENCE_SECONDS = 10.0
 """A trainer that is just ending, or notices that its torchrun is gone, needs a moment."""
 
 

@@ -64,30 +64,28 @@ def stop_after(*, step: int) -> None:
 
 
 def hold(*, where: str, step: int, rank: int = 0) -> None:
-    """Wait once on one rank, at the beginning of a step, a validation or a save."""
-    if rank != RANK and where != "save":
+    """Wait once on one rank, at the beginning of a step or a validation."""
+    if rank != RANK:
         return
     if where == "step":
         before_step(lambda run, batch: wait_to_go(run, "held") if batch.step == step else None)
-    elif where == "validate":
-        original = train.validate
+        return
+    original = train.validate
 
-        def validate(run: Run) -> None:
-            if run.state.step == step:
-                wait_to_go(run, "held")
-            original(run)
+    def validate(run: Run) -> None:
+        if run.state.step == step:
+            wait_to_go(run, "held")
+        original(run)
 
-        train.validate = validate
-    else:
-        hold_save(step)
+    train.validate = validate
 
 
-def hold_save(step: int) -> None:
-    """Wait in the middle of the save of `step` for the file `go`, whatever signals come."""
+def hold_save(*, step: int) -> None:
+    """Wait in the middle of the save of `step`, once, for the file `go`, whatever signals come."""
     original, write_file = saver.write_checkpoint, checkpoint._write_file
 
     def write_checkpoint(path: Path, files: dict[str, Any]) -> int:
-        if path.name != checkpoint.step_name(step) or not first_time(path.parent.parent / "held"):
+        if path.name != checkpoint.step_name(step) or not first_time(path.parent.parent / "saving"):
             return original(path, files)
 
         def slow_write_file(file: Path, content: Any) -> dict[str, Any]:
@@ -246,7 +244,7 @@ def other_data(*, rank: int, data_dir: str) -> None:
         sys.argv += ["--data-dir", data_dir]
 
 
-def deaf(*, rank: int) -> None:
+def elsewhere(*, rank: int) -> None:
     """One rank's host has another name."""
     if rank == RANK:
         build.socket.gethostname = lambda: "elsewhere"
@@ -254,6 +252,21 @@ def deaf(*, rank: int) -> None:
 
 FAULTS = {
     fault.__name__: fault
-    for fault in (slow_steps, stop_after, hold, kill, kill_in_save, non_finite, leave_out, spike, pass_over, flip_bit,
-                  no_space, fill_disk, other_data, deaf)
-}  # fmt: skip
+    for fault in (
+        slow_steps,
+        stop_after,
+        hold,
+        hold_save,
+        kill,
+        kill_in_save,
+        non_finite,
+        leave_out,
+        spike,
+        pass_over,
+        flip_bit,
+        no_space,
+        fill_disk,
+        other_data,
+        elsewhere,
+    )
+}

@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock
 from running import ROOT, environment, python
 
@@ -87,6 +89,12 @@ class Trainer:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def insist(self, number: int) -> None:
+        """Send a signal until the process has ended: two that come at once may count as one."""
+        while psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE:
+            self.send(number)
+            time.sleep(0.05)
+
     def wait(self) -> Ended:
         returncode = ask(wait=self.pid)
         said = [Path(f"{self.output}.{name}").read_text() for name in ("stdout", "stderr")]
@@ -127,6 +135,15 @@ def start_ranks(
         text=True,
         start_new_session=True,
     )
+
+
+def ranks(agent: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The workers of a running torchrun, in the order of their ranks."""
+    return sorted(psutil.Process(agent.pid).children(), key=lambda worker: int(worker.environ()["RANK"]))
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def finish(process: subprocess.Popen[str], *, timeout: float = 240) -> Ended:
