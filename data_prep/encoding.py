@@ -1,9 +1,9 @@
-"""Documents to token ids, a whole chunk at a time."""
+"""Documents to GPT-2's token ids, many at a time."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,15 @@ import numpy.typing as npt
 import tiktoken
 
 from gpt2_ddp.shards import Tokens
-from gpt2_ddp.tokenizer import EOT
+from gpt2_ddp.tokenizer import EOT, load_tokenizer
+
+BATCH_CHARACTERS = 1 << 17
+DOCUMENT, CUT = "\ufdd0", "\ufdd1"
+"""Two code points that Unicode keeps out of all text; they stand for a document's beginning and for a cut."""
+CUT_ID = EOT + 1
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+WHITE_SPACE = (range(9, 14), [32, 0x85, 0xA0, 0x1680], range(0x2000, 0x200B), [0x2028, 0x2029, 0x202F, 0x205F, 0x3000])
+"""The code points of Unicode's property White_Space, the `\\s` of tiktoken's regular expressions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +39,67 @@ def document_digest(tokens: Tokens) -> int:
     return int.from_bytes(hashlib.blake2b(tokens.astype("<u2", copy=False).data, digest_size=8).digest(), "little")
 
 
-def encode(documents: Iterable[str | None], tokenizer: tiktoken.Encoding) -> EncodedChunk:
-    """Tokenize a chunk; documents without text are left out, and `<|endoftext|>` within one is ordinary text."""
-    begin = np.array([EOT], np.uint16)
-    encoded = [np.concatenate([begin, _ids(text, tokenizer).astype(np.uint16)]) for text in documents if text]
-    return EncodedChunk(
-        tokens=np.concatenate([begin[:0], *encoded]),
-        lengths=np.array([len(tokens) for tokens in encoded], np.int64),
-        digests=np.array([document_digest(tokens) for tokens in encoded], np.uint64),
-    )
+class Encoder:
+    """tiktoken's `gpt2` ids at about twice its speed.
+
+    Half of tiktoken's time goes to a look-ahead in GPT-2's pattern: white space before a word is a piece without
+    its last character, which goes with the word. Where a run of white space is cut before that character
+    beforehand, the pattern needs no look-ahead, and tiktoken's plain regular expressions find the same pieces.
+    """
+
+    def __init__(self) -> None:
+        self._exact = load_tokenizer()
+        self._fast = tiktoken.Encoding(
+            "gpt2 without look-ahead",
+            pat_str=WORDS,
+            mergeable_ranks=self._exact._mergeable_ranks,
+            special_tokens={DOCUMENT: EOT, CUT: CUT_ID},
+        )
+        # A document's beginning ends a run of white space like the end of the text: nothing to cut before it.
+        self._ends_no_run = np.zeros(1 << 16, np.bool_)
+        self._ends_no_run[[ord(DOCUMENT), *(code for codes in WHITE_SPACE for code in codes)]] = True
+
+    def encode(self, documents: Iterable[str | None]) -> EncodedChunk:
+        """Tokenize a chunk; documents without text are left out, and `<|endoftext|>` within one is ordinary text."""
+        parts = [np.array([], np.uint16), *map(self._encode_batch, _batches(documents))]
+        tokens = np.concatenate(parts)
+        begins = np.flatnonzero(tokens == EOT)
+        texts = np.split(tokens, begins)[1:]
+        return EncodedChunk(
+            tokens=tokens,
+            lengths=np.diff(np.append(begins, len(tokens))),
+            digests=np.array([document_digest(text) for text in texts], np.uint64),
+        )
+
+    def _encode_batch(self, texts: list[str]) -> Tokens:
+        joined = "".join(DOCUMENT + text for text in texts)
+        if joined.count(DOCUMENT) != len(texts) or CUT in joined:
+            return self._encode_singly(texts)
+        try:
+            codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
+            return self._encode_singly(texts)
+        space = self._ends_no_run[np.minimum(codes, len(self._ends_no_run) - 1)]
+        cuts = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
+        text = np.insert(codes, cuts, ord(CUT)).tobytes().decode("utf-32-le")
+        ids = self._fast.encode_to_numpy(text, allowed_special={DOCUMENT, CUT}, disallowed_special=())
+        tokens: Tokens = ids[ids != CUT_ID].astype(np.uint16)
+        return tokens
+
+    def _encode_singly(self, texts: list[str]) -> Tokens:
+        ids = [token for text in texts for token in (EOT, *self._exact.encode_ordinary(text))]
+        return np.array(ids, np.uint16)
 
 
-def _ids(text: str, tokenizer: tiktoken.Encoding) -> npt.NDArray[np.uint32]:
-    try:
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
-        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return tokenizer.encode_to_numpy(whole, disallowed_special=())
+def _batches(documents: Iterable[str | None]) -> Iterator[list[str]]:
+    batch, size = list[str](), 0
+    for text in documents:
+        if not text:
+            continue
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

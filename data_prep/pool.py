@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from gpt2_ddp.cli import user_error
 from gpt2_ddp.tokenizer import load_tokenizer
 
-from .encoding import EncodedChunk, encode
+from .encoding import EncodedChunk, Encoder
 from .sources import Source
 
 CHUNKS_AHEAD = 4
@@ -93,12 +93,12 @@ def _started(source: Source, workers: int) -> Iterator[list[Connection]]:
 
 def _work(connection: Connection, source: Source) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone decides what an interrupt means
-    tokenizer = load_tokenizer()
+    encoder = Encoder()
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
             chunk = connection.recv()
             try:
-                answer: EncodedChunk | Failure = encode(source.documents(chunk), tokenizer)
+                answer: EncodedChunk | Failure = encoder.encode(source.documents(chunk))
             except Exception as error:
                 answer = Failure(line=user_error(error), trace=traceback.format_exc())
             connection.send(answer)
