@@ -35,6 +35,10 @@ EXIT_FILE = "GPT2_DDP_EXIT_FILE"
 Config = TypeVar("Config")
 
 
+class OneRankError(ValueError):
+    """What the user got wrong, seen by one rank alone, which therefore tells it."""
+
+
 def user_error(error: BaseException) -> str | None:
     """One line for an error that the user can mend, None for a fault of the program.
 
@@ -53,14 +57,14 @@ def user_error(error: BaseException) -> str | None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and leave with its exit status; only a node's first rank says what the user got wrong."""
+    """Run `main` and leave with its exit status; what the user got wrong is told once on a node."""
     try:
         status = main() or 0
     except (ValueError, OSError) as error:
         line = user_error(error)
         if line is None or os.environ.get("GPT2_DDP_TRACEBACK"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
             print(f"error: {line}", file=sys.stderr, flush=True)
         status = 2
     if (exit_file := os.environ.get(EXIT_FILE)) and os.environ.get("LOCAL_RANK", "0") == "0":

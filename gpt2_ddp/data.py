@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gpt2_ddp.cli import OneRankError, user_error
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.shards import Shard, check_tokens
 
@@ -205,11 +206,20 @@ class TrainData:
         return StepBatch(step=step, windows=windows, tokens=tokens.view(shape))
 
     def next(self) -> StepBatch:
-        """The batch of the next step."""
+        """The batch of the next step.
+
+        Raises:
+            OneRankError: where the data cannot be read, with the reason.
+        """
         while len(self._ahead) <= PREFETCH:
             self._ahead.append(self._reader.submit(self.load, self._next_step))
             self._next_step += 1
-        return self._ahead.popleft().result()
+        try:
+            return self._ahead.popleft().result()
+        except (ValueError, OSError) as error:
+            if line := user_error(error):
+                raise OneRankError(line) from error
+            raise
 
     def seek(self, step: int) -> None:
         """Go on with the data of `step`; what was read ahead is dropped."""

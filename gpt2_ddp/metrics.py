@@ -187,8 +187,11 @@ def _finite(value: Any) -> Any:
 def replace_file(path: Path, text: str) -> None:
     """Put `text` at `path`, whole or not at all."""
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not name the file
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
