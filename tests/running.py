@@ -25,7 +25,7 @@ SMALL = {
     "compile": "off",
     "sequence-length": "16",
     "micro-batch-size": "2",
-    "total-batch-size": "256",
+    "total-batch-size": "128",
     "max-steps": "20",
     "warmup-steps": "5",
     "max-lr": "2e-3",
@@ -33,7 +33,7 @@ SMALL = {
     "checkpoint-every": "10",
     "keep-checkpoints": "0",
 }
-"""A run of seconds: 16 sequences a step, so that 1, 2 and 4 ranks make 8, 4 and 2 micro-steps of two sequences."""
+"""A run of seconds: 8 sequences a step, so that 1, 2 and 4 ranks make 4, 2 and 1 micro-steps of two sequences."""
 
 
 def write_shards(

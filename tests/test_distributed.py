@@ -54,7 +54,12 @@ def first_update(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Ca
         if (ranks, micro_batch_size) not in done:
             folder = tmp_path_factory.mktemp("spy")
             (folder / "spy.py").write_text(SPY)
-            flags = [f"--micro-batch-size={micro_batch_size}", "--max-steps=1", "--grad-clip=0"]
+            flags = [
+                f"--micro-batch-size={micro_batch_size}",
+                "--total-batch-size=256",
+                "--max-steps=1",
+                "--grad-clip=0",
+            ]
             command = train_command(folder / "run", data_dir, *flags)
             own = [*python(ranks), str(folder / "spy.py"), str(folder)]
             ended = run([*own, *command[command.index("gpt2_ddp.train") + 1 :]])
@@ -77,7 +82,7 @@ def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> flo
 @pytest.fixture(scope="module")
 def whole_batch(data_dir: Path) -> tuple[dict[str, Tensor], float]:
     """Gradients and loss of the first step in one pass over all its sequences, which no part of the trainer shares."""
-    length, total = int(SMALL["sequence-length"]), int(SMALL["total-batch-size"])
+    length, total = int(SMALL["sequence-length"]), 256
     windows: list[list[int]] = []
     for path in sorted(data_dir.glob("train_*.bin")):
         tokens = torch.frombuffer(bytearray(path.read_bytes()[1024:]), dtype=torch.uint16).tolist()

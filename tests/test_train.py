@@ -1,0 +1,260 @@
+"""Whole runs, as processes: the same on any number of ranks, wherever they stop, whatever is watched."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from running import (
+    ROOT,
+    checkpoint,
+    end,
+    final_hashes,
+    metrics,
+    python,
+    run,
+    start,
+    status,
+    steps,
+    train,
+    tree,
+    wait_until,
+)
+from safetensors.torch import load_file
+
+from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.pretrained import load_model
+
+CleanRun = Callable[..., Path]
+LINE = re.compile(
+    r"step (\d+) \| loss: (\d+\.\d{6}) \| lr (\d\.\d{4}e-\d\d) \| norm: (\d+\.\d{4}) \| dt: (\d+\.\d\d)ms "
+    r"\| tok/sec: (\d+\.\d\d)"
+)
+"""Design section 6."""
+
+
+def column(out_dir: Path, name: str) -> list[object]:
+    return [entry[name] for entry in metrics(out_dir)]
+
+
+def copy_until(source: Path, out_dir: Path, step: int) -> Path:
+    """A copy of a run as if it had been killed after its checkpoint of `step`."""
+    shutil.copytree(source, out_dir)
+    for newer in out_dir.glob("checkpoints/step_*"):
+        if newer.name > checkpoint(out_dir, step).name:
+            shutil.rmtree(newer)
+    return out_dir
+
+
+def assert_same_run(found: Path, clean: Path) -> None:
+    """The same weights and moments to the bit, and metrics that tell the same, each step once."""
+    assert final_hashes(found) == final_hashes(clean)
+    assert column(found, "step") == list(range(1, 21))
+    for name in ("data_hash", "loss", "grad_norm", "lr", "tokens_seen"):
+        assert column(found, name) == column(clean, name), name
+    assert status(found) == {"state": "finished", "step": 20}
+
+
+@pytest.mark.parametrize(
+    ("nproc", "flags"),
+    [(1, []), (2, []), (4, []), (0, ["--micro-batch-size=8"])],
+    ids=["1-rank", "2-ranks", "4-ranks", "1-rank-a-quarter-of-the-micro-steps"],
+)
+def test_any_number_of_ranks_is_the_same_run(clean_run: CleanRun, nproc: int, flags: list[str]) -> None:
+    alone, other = clean_run(), clean_run(*flags, nproc=nproc)
+    assert column(other, "step") == list(range(1, 21))
+    assert column(other, "data_hash") == column(alone, "data_hash")
+    assert len(set(column(alone, "data_hash"))) == 20
+    assert column(other, "loss") == pytest.approx(column(alone, "loss"), abs=1e-4)
+    assert column(other, "tokens_seen") == [128 * step for step in range(1, 21)]
+    assert column(alone, "loss")[-1] < column(alone, "loss")[0] - 1  # it learns
+    plan = json.loads((checkpoint(other) / "trainer_state.json").read_text())["batch"]
+    assert plan["world_size"] == max(nproc, 1)
+
+
+def test_torchrun_with_one_rank_is_plain_python(clean_run: CleanRun) -> None:
+    assert final_hashes(clean_run(nproc=1)) == final_hashes(clean_run())
+
+
+@pytest.mark.parametrize("nproc", [0, 2, 4])
+def test_the_console_says_a_line_a_step_from_one_rank(clean_run: CleanRun, nproc: int) -> None:
+    out_dir = clean_run(nproc=nproc)
+    lines = (out_dir / "stdout").read_text().splitlines()
+    said = [match.groups() for line in lines if (match := LINE.fullmatch(line))]
+    entries = metrics(out_dir)
+    assert [(s, loss, lr, norm) for s, loss, lr, norm, _, _ in said] == [
+        (str(e["step"]), f"{e['loss']:.6f}", f"{e['lr']:.4e}", f"{e['grad_norm']:.4f}") for e in entries
+    ]
+    for (*_, milliseconds, tokens_per_sec), entry in zip(said, entries, strict=True):
+        assert float(milliseconds) == pytest.approx(entry["step_ms"], abs=0.01)
+        assert float(tokens_per_sec) == pytest.approx(128 / float(milliseconds) * 1000, rel=0.01)
+    assert lines[-1] == f"finished at step 20 of 20; checkpoint in {checkpoint(out_dir)}"
+    assert len(lines) == 21
+    assert "Traceback" not in (out_dir / "stderr").read_text()
+
+
+def test_sigterm_stops_with_a_checkpoint_and_the_run_goes_on(
+    clean_run: CleanRun, data_dir: Path, tmp_path: Path
+) -> None:
+    out_dir = tmp_path / "run"
+    process = start(out_dir, data_dir)
+    try:
+        wait_until(lambda: steps(out_dir) >= 2 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 75
+    stopped = status(out_dir)
+    assert stopped["state"] == "stopped"
+    assert 2 <= stopped["step"] < 20
+    assert checkpoint(out_dir) == checkpoint(out_dir, stopped["step"])
+    assert faults(checkpoint(out_dir)) == []
+    assert steps(out_dir) == stopped["step"]
+    assert metrics(out_dir, "stop")[-1]["reason"] == "SIGTERM"
+    assert said.splitlines()[-1].startswith(f"stopped at step {stopped['step']} of 20")
+
+    again = train(out_dir, data_dir)
+    assert f"from {checkpoint(out_dir, stopped['step'])} at step {stopped['step']}" in again.stdout
+    assert_same_run(out_dir, clean_run())
+    starts = json.loads((out_dir / "config.json").read_text())["starts"]
+    assert [begun["step"] for begun in starts] == [0, stopped["step"]]
+
+
+def test_a_stop_file_stops_all_ranks_at_one_step(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    process = start(out_dir, data_dir, nproc=2)
+    try:
+        wait_until(lambda: steps(out_dir) >= 2 or process.poll() is not None)
+        (out_dir / "stop").touch()
+        process.communicate(timeout=120)
+    finally:
+        end(process)
+    assert process.returncode == 0  # under torchrun, so that nothing is restarted
+    assert status(out_dir)["state"] == "stopped"
+    assert 2 <= status(out_dir)["step"] < 20
+    assert not (out_dir / "stop").exists()
+    assert faults(checkpoint(out_dir, status(out_dir)["step"])) == []
+    train(out_dir, data_dir, nproc=2)
+    assert_same_run(out_dir, clean_run(nproc=2))
+
+
+def test_four_ranks_killed_at_step_10_end_at_the_same_weights(
+    clean_run: CleanRun, data_dir: Path, tmp_path: Path
+) -> None:
+    out_dir = copy_until(clean_run(nproc=4), tmp_path / "run", 10)
+    train(out_dir, data_dir, nproc=4)
+    assert_same_run(out_dir, clean_run(nproc=4))
+
+
+def test_stopped_on_four_ranks_resumed_on_one(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    clean = clean_run(nproc=4)
+    out_dir = copy_until(clean, tmp_path / "run", 10)
+    train(out_dir, data_dir)
+    assert column(out_dir, "step") == list(range(1, 21))
+    assert column(out_dir, "data_hash") == column(clean, "data_hash")
+    assert column(out_dir, "loss") == pytest.approx(column(clean, "loss"), abs=1e-4)
+    states = [json.loads((checkpoint(path) / "trainer_state.json").read_text()) for path in (out_dir, clean)]
+    assert states[0]["data_hash"] == states[1]["data_hash"]
+
+
+def test_resume_from_a_named_checkpoint(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    shutil.copytree(clean_run(), out_dir)
+    done = train(out_dir, data_dir, f"--resume={checkpoint(out_dir, 10)}")
+    assert "step_00000020 is newer; set aside as step_00000020.superseded" in done.stdout
+    assert (out_dir / "checkpoints" / "step_00000020.superseded" / "model.safetensors").exists()
+    assert_same_run(out_dir, clean_run())
+
+
+def test_a_finished_run_is_left_alone(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    shutil.copytree(clean_run(), out_dir)
+    before = tree(out_dir)
+    done = train(out_dir, data_dir)
+    assert done.stdout.splitlines()[-1] == f"{out_dir} is already at step 20 of 20: nothing to do"
+    assert tree(out_dir) == before
+
+
+def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    out_dir, examples = tmp_path / "run", tmp_path / "hellaswag.jsonl"
+    example = {"ctx_a": "A dog", "ctx_b": "", "ctx": "A dog", "activity_label": "Dogs", "ind": 1, "label": 1,
+               "endings": ["runs.", "flies away.", "reads.", "is a fish."], "split": "val"}  # fmt: skip
+    examples.write_text("\n".join(json.dumps(example | {"ind": number}) for number in range(3)) + "\n")
+    cadence = ["--val-every=3", "--val-tokens=160", "--sample-every=7", "--checkpoint-every=4", "--keep-checkpoints=1",
+               "--log-every=5", "--hellaswag-every=8", f"--hellaswag-data={examples}", "--tensorboard"]  # fmt: skip
+    done = train(out_dir, data_dir, *cadence, nproc=2)
+    assert final_hashes(out_dir) == final_hashes(clean_run(nproc=2))
+
+    clean = {entry["step"]: entry for entry in metrics(clean_run(nproc=2))}
+    assert column(out_dir, "step") == [5, 10, 15, 20]
+    assert all(e["loss"] == clean[e["step"]]["loss"] for e in metrics(out_dir))
+    happened = {event: [e["step"] for e in metrics(out_dir, event)] for event in ("val", "sample", "hellaswag")}
+    assert happened == {"val": [3, 6, 9, 12, 15, 18, 20], "sample": [7, 14, 20], "hellaswag": [8, 16, 20]}
+    assert [e["step"] for e in metrics(out_dir, "checkpoint")] == [4, 8, 12, 16, 20]
+    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step_00000020"]
+    losses = [e["val_loss"] for e in metrics(out_dir, "val")]
+    assert losses == sorted(losses, reverse=True)
+    assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
+    assert {e["examples"] for e in metrics(out_dir, "hellaswag")} == {3}
+    assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
+    assert "step 20 | sample: Language is" in done.stdout
+    assert list((out_dir / "tensorboard").iterdir())
+
+
+def test_validation_loss_is_what_the_checkpoint_has(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", data_dir, "--seed=1", "--max-steps=1", "--val-every=1", "--val-tokens=10000")
+    model = load_model(checkpoint(tmp_path / "run")).eval()
+    tokens = torch.frombuffer(bytearray((data_dir / "val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
+    windows = torch.stack([tokens[at : at + 17] for at in range(0, len(tokens) - 16, 16)])
+    with torch.no_grad():
+        log_likelihood = model(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])
+    [val] = metrics(tmp_path / "run", "val")
+    assert val["tokens"] == windows[:, 1:].numel() == 43 * 16
+    assert val["val_loss"] == pytest.approx(-float(log_likelihood.mean()), abs=1e-4)
+    for name in ("data_hash", "loss"):  # of another seed
+        assert not set(column(tmp_path / "run", name)) & set(column(clean_run(), name))
+
+
+def test_starting_from_another_runs_weights(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    train(out_dir, data_dir, f"--init-from={clean_run()}", "--max-lr=0", "--max-steps=1")
+    assert final_hashes(out_dir)["model.safetensors"] == final_hashes(clean_run())["model.safetensors"]
+    moments = load_file(checkpoint(out_dir) / "optimizer.safetensors")
+    assert float(moments["wte.weight.step"]) == 1  # a new optimizer, a new schedule
+    assert column(out_dir, "step") == [1]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "faster", "tolerance"),
+    [(0, "--dtype=bfloat16", 0.02), (2, "--compile=on", 1e-4)],
+    ids=["bfloat16", "compiled"],
+)
+def test_faster_ways_to_the_same_losses(
+    clean_run: CleanRun, data_dir: Path, tmp_path: Path, nproc: int, faster: str, tolerance: float
+) -> None:
+    flags = ["--max-steps=3", "--val-every=2", "--val-tokens=160", "--sample-every=3"]
+    plain, fast = clean_run(*flags), tmp_path / "run"
+    done = train(fast, data_dir, *flags, faster, nproc=nproc)
+    assert "torch.compile failed" not in done.stderr
+    for event, name in (("train", "loss"), ("val", "val_loss")):
+        expected, found = ([entry[name] for entry in metrics(path, event)] for path in (plain, fast))
+        assert found == pytest.approx(expected, abs=tolerance)
+    expected, found = (load_file(checkpoint(path) / "model.safetensors") for path in (plain, fast))
+    assert found.keys() == expected.keys()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    load_model(checkpoint(fast))
+
+
+def test_the_script_without_flags_or_data(tmp_path: Path) -> None:
+    """The trainer's other way in, from another folder and without a flag, names the command that prepares the data."""
+    done = run([*python(), str(ROOT / "train_gpt2.py")], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no data directory at data/demo; prepare it with: python -m data_prep demo")
+    assert done.stderr.count("\n") == 1
