@@ -110,6 +110,8 @@ def require_same_numerics(told: Sequence[Mapping[str, object]], saved: object) -
     Raises:
         ValueError: naming what differs; bits are only promised where all of it is equal.
     """
+    if saved is not None and not saved:
+        raise ValueError("--reproducible: the run that is resumed was not begun with it: resume without the flag")
     first = dict(told[0])
     others = [(f"rank {rank}", values) for rank, values in enumerate(told)]
     if saved is not None:
