@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,6 +78,15 @@ def usable_cores() -> int:
     return min(physical, allowed)
 
 
+@contextlib.contextmanager
+def _disk_errors_named(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # that of a full disk does not say which
+        error.filename = error.filename or str(out)
+        raise
+
+
 def _write(source: Source, out: Path, settings: Settings, workers: int, manifest: Manifest) -> None:
     validation = ValidationSplit(
         tokens=settings.val_tokens,
@@ -88,7 +99,9 @@ def _write(source: Source, out: Path, settings: Settings, workers: int, manifest
         print(f"going on after the {there:,} tokens that are in {out}")
     with tqdm(unit=" tokens", unit_scale=True, desc=f"{workers} processes") as bar:
         for chunk in encoded_chunks(source, manifest.next_chunk, workers):
-            writer.write(chunk)
+            with _disk_errors_named(out):
+                writer.write(chunk)
             bar.update(len(chunk.tokens))
-    writer.finish()
+    with _disk_errors_named(out):
+        writer.finish()
     print(f"tokenized {bar.n:,} tokens in {bar.format_dict['elapsed']:.1f} s")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -112,6 +114,23 @@ def test_another_source_or_other_settings_are_refused(tmp_path: Path) -> None:
     assert tree(out) == before
     (out / "manifest.json").unlink()
     assert "was not made here" in refused("text", file, "--out", out)
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    corpus: Path, clean: dict[tuple[object, ...], Path], tmp_path: Path
+) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        out = tmp_path / "out"
+        assert refused("text", corpus, "--out", out, *FRACTION) == f"error: {out}: No space left on device"
+        assert finished(out)
+        subprocess.run(["mount", "-o", "remount,size=40m", tmp_path], check=True)
+        prepare("text", corpus, "--out", out, *FRACTION)
+        assert tree(out) == tree(clean[FRACTION])
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_two_at_once_are_refused(corpus: Path, tmp_path: Path) -> None:
