@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,3 +174,12 @@ def final_hashes(out_dir: Path, step: int | None = None) -> dict[str, str]:
 def tree(folder: Path) -> dict[str, str]:
     """Every file under `folder` and its SHA-256: equal where nothing was added, lost or changed."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def copy_until(source: Path, out_dir: Path, step: int) -> Path:
+    """A copy of a run as if it had been killed after its checkpoint of `step`."""
+    shutil.copytree(source, out_dir)
+    for newer in out_dir.glob("checkpoints/step_*"):
+        if newer.name > checkpoint(out_dir, step).name:
+            shutil.rmtree(newer)
+    return out_dir

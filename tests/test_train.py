@@ -14,6 +14,7 @@ import torch
 from running import (
     ROOT,
     checkpoint,
+    copy_until,
     end,
     final_hashes,
     metrics,
@@ -41,15 +42,6 @@ LINE = re.compile(
 
 def column(out_dir: Path, name: str) -> list[object]:
     return [entry[name] for entry in metrics(out_dir)]
-
-
-def copy_until(source: Path, out_dir: Path, step: int) -> Path:
-    """A copy of a run as if it had been killed after its checkpoint of `step`."""
-    shutil.copytree(source, out_dir)
-    for newer in out_dir.glob("checkpoints/step_*"):
-        if newer.name > checkpoint(out_dir, step).name:
-            shutil.rmtree(newer)
-    return out_dir
 
 
 def assert_same_run(found: Path, clean: Path) -> None:
