@@ -1,0 +1,142 @@
+"""Steps that must not count: losses and gradients that are not finite, and losses that jump out of line."""
+
+from __future__ import annotations
+
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drivers import warm
+from running import final_hashes, metrics, status
+
+from gpt2_ddp.checkpoint import faults
+
+GUARDED = ("--spike-guard", "6", "--max-steps", "32", "--checkpoint-every", "5", "--max-lr", "1e-3")
+"""The guard needs 16 losses before it judges; checkpoints at 0, 5, 10, ..."""
+
+
+def skipped(out_dir: Path) -> list[int]:
+    return [entry["skipped"] for entry in metrics(out_dir)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "where", "value"),
+    [
+        ("float32", "loss", math.nan),
+        ("float32", "loss", math.inf),
+        ("float32", "gradient", math.nan),
+        ("float32", "gradient", -math.inf),
+        ("float16", "loss", math.nan),
+        ("float16", "gradient", math.inf),
+    ],
+)
+def test_an_update_that_is_not_finite_is_left_out(
+    data_dir: Path, tmp_path: Path, dtype: str, where: str, value: float
+) -> None:
+    """Of steps 3, 7 and 8; the next save, at 8, holds what a run that leaves these updates out holds."""
+    bad = {"non_finite": {"steps": [3, 7, 8], "where": where, "value": value}}
+    warm.train(tmp_path / "bad", data_dir, "--dtype", dtype, faults=bad)
+    out = {"leave_out": {"steps": [3, 7, 8], "halve_scale": dtype == "float16"}}
+    warm.train(tmp_path / "out", data_dir, "--dtype", dtype, faults=out)
+    for step in (4, 8, 12):
+        assert final_hashes(tmp_path / "bad", step) == final_hashes(tmp_path / "out", step)
+    assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3, 3]
+    warm.train(tmp_path / "good", data_dir, "--dtype", dtype)
+    assert skipped(tmp_path / "good") == [0] * 12
+    assert final_hashes(tmp_path / "good") != final_hashes(tmp_path / "bad")
+
+
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all(data_dir: Path, tmp_path: Path) -> None:
+    """The ranks compare their weights at each save, so that one which had updated would be found."""
+    bad = {"non_finite": {"steps": [3, 7], "where": "gradient", "value": math.inf, "rank": 1}}
+    warm.train_ranks(2, tmp_path / "bad", data_dir, faults=bad)
+    assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    warm.train_ranks(2, tmp_path / "out", data_dir, faults={"leave_out": {"steps": [3, 7]}})
+    assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
+
+
+def test_so_it_is_where_ranks_sum_in_a_tree(data_dir: Path, tmp_path: Path) -> None:
+    bad = {"non_finite": {"steps": [3, 7], "where": "loss", "value": math.nan, "rank": 1}}
+    warm.train_ranks(2, tmp_path / "bad", data_dir, "--reproducible", faults=bad)
+    assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    warm.train(tmp_path / "out", data_dir, "--reproducible", faults={"leave_out": {"steps": [3, 7]}})
+    assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(data_dir: Path, tmp_path: Path) -> None:
+    bad = {"non_finite": {"steps": list(range(6, 13)), "where": "loss", "value": math.nan}}
+    flags = ("--skip-limit", "3", "--log-every", "1")
+    done = warm.train(tmp_path / "run", data_dir, *flags, faults=bad, status=1)
+    assert "step 9: 4 steps in a row had a loss or gradient that is not finite (--skip-limit 3)" in done.stderr
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["step"]) == ("failed", 9)
+    assert faults(tmp_path / "run" / "checkpoints" / "step_00000004") == []
+    again = warm.train(tmp_path / "run", data_dir, *flags, faults=bad, status=1)
+    assert "step 9: 4 steps in a row" in again.stderr  # of which 6 to 8 came before the checkpoint it went on from
+
+
+def test_skips_between_two_logged_steps_are_seen(data_dir: Path, tmp_path: Path) -> None:
+    bad = {"non_finite": {"steps": [2, 3, 4, 5], "where": "loss", "value": math.nan}}
+    done = warm.train(tmp_path / "run", data_dir, "--skip-limit", "3", "--log-every", "8", faults=bad, status=1)
+    assert "step 8: 4 steps in a row" in done.stderr
+
+
+def spiky(*steps: int, kill: tuple[int, ...] = ()) -> dict[str, Any]:
+    return {"spike": {"steps": steps, "factor": 5}, "kill": {"steps": kill}}
+
+
+def test_a_spike_goes_back_and_passes_over_the_data(data_dir: Path, tmp_path: Path) -> None:
+    """As a run does that never sees the data of steps 21 to 23."""
+    done = warm.train(tmp_path / "spiked", data_dir, *GUARDED, faults=spiky(23))
+    assert "step 23 | loss" in done.stdout
+    assert "is a spike: going back to step 20 and past this data" in done.stdout
+    passed = {"pass_over": {"after": 20, "by": 3}}
+    warm.train(tmp_path / "passed", data_dir, *GUARDED, faults=passed)
+    assert final_hashes(tmp_path / "spiked") == final_hashes(tmp_path / "passed")
+    chains = [[(e["step"], e["data_hash"]) for e in metrics(tmp_path / name)] for name in ("spiked", "passed")]
+    assert chains[0] == chains[1]
+    assert [step for step, _ in chains[0]] == list(range(1, 33))
+    [event] = metrics(tmp_path / "spiked", "spike")
+    assert (event["step"], event["spike_step"], event["passed_over"]) == (20, 23, 3)
+
+
+@pytest.mark.parametrize("kills", [(24,), (27,), (24, 27, 30)])
+def test_what_was_passed_over_is_remembered_by_a_resume(data_dir: Path, tmp_path: Path, kills: tuple[int, ...]) -> None:
+    """Data step 24 is the first after the rollback; the checkpoint of step 25 is written after data step 28."""
+    warm.train(tmp_path / "clean", data_dir, *GUARDED, faults=spiky(23))
+    for _ in kills:
+        faults = spiky(23, kill=kills)
+        warm.train(tmp_path / "killed", data_dir, *GUARDED, faults=faults, status=-signal.SIGKILL)
+    warm.train(tmp_path / "killed", data_dir, *GUARDED, faults=spiky(23, kill=kills))
+    assert final_hashes(tmp_path / "killed") == final_hashes(tmp_path / "clean")
+    assert [entry["step"] for entry in metrics(tmp_path / "killed")] == list(range(1, 33))
+
+
+def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(data_dir: Path, tmp_path: Path) -> None:
+    flags = (*GUARDED, "--checkpoint-every", "30")
+    warm.train(tmp_path / "spiked", data_dir, *flags, faults=spiky(20, kill=(25,)), status=-signal.SIGKILL)
+    done = warm.train(tmp_path / "spiked", data_dir, *flags, faults=spiky(20, kill=(25,)))
+    assert "could not save" not in done.stdout
+    warm.train(tmp_path / "passed", data_dir, *flags, faults={"pass_over": {"after": 0, "by": 20}})
+    assert final_hashes(tmp_path / "spiked") == final_hashes(tmp_path / "passed")
+
+
+def test_it_goes_back_no_more_often_than_it_may(data_dir: Path, tmp_path: Path) -> None:
+    flags = (*GUARDED, "--spike-limit", "2")
+    done = warm.train(tmp_path / "run", data_dir, *flags, faults=spiky(*range(23, 60)))
+    assert done.stdout.count("is a spike") == 2
+    assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, 33))
+
+
+def test_two_ranks_go_back_together(data_dir: Path, tmp_path: Path) -> None:
+    flags = (*GUARDED, "--reproducible")
+    warm.train_ranks(2, tmp_path / "two", data_dir, *flags, faults=spiky(23))
+    warm.train(tmp_path / "one", data_dir, *flags, faults={"pass_over": {"after": 20, "by": 3}})
+    assert final_hashes(tmp_path / "two") == final_hashes(tmp_path / "one")
+
+
+def test_without_the_guard_a_spike_is_trained_on(data_dir: Path, tmp_path: Path) -> None:
+    done = warm.train(tmp_path / "run", data_dir, "--max-steps", "32", faults=spiky(23))
+    assert "is a spike" not in done.stdout
+    assert metrics(tmp_path / "run", "spike") == []
