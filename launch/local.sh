@@ -2,10 +2,11 @@
 # From a fresh machine to a GPT-2 that was trained, plotted and sampled: bash launch/local.sh [trainer flags]
 # Trains a small model on the Python language reference (it ships inside Python, so nothing is downloaded but the
 # packages), on every GPU or on the CPU's cores. Minutes on two cores; run it again and it goes on where it stopped.
+# DATA_DIR and RUN_DIR name other places than data/demo and runs/local.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=data/demo
-run=runs/local
+data=${DATA_DIR:-data/demo}
+run=${RUN_DIR:-runs/local}
 hellaswag=data/hellaswag/hellaswag_val.jsonl
 
 bash launch/setup.sh offline,plot
@@ -18,7 +19,7 @@ say "data: text to tokens, in $data"
 
 say "training, in $run"
 "$python" -m launch -- --model gpt2-nano --data-dir "$data" --out-dir "$run" \
-  --sequence-length 256 --micro-batch-size 8 --total-batch-size 4096 \
+  --sequence-length 256 --micro-batch-size 2 --total-batch-size 4096 \
   --max-steps 400 --warmup-steps 20 --max-lr 3e-3 \
   --val-every 100 --val-tokens 8192 --checkpoint-every 100 "$@"
 
@@ -36,3 +37,19 @@ say "a sample"
 "$python" -m eval sample --model "$run" --prompt "The import statement" --max-new-tokens 80
 
 say "done"
+"$python" - "$run/metrics.jsonl" <<'PYTHON'
+import json, sys
+
+events = [json.loads(line) for line in open(sys.argv[1])]
+losses = {event["step"]: event["loss"] for event in events if event["event"] == "train"}
+first, last = min(losses), max(losses)
+print(f"training loss {losses[first]:.2f} at step {first}, {losses[last]:.2f} at step {last}")
+PYTHON
+cat <<END
+the run       $run: checkpoints/ open in Hugging Face transformers as they are, metrics.jsonl, plot.png
+more text     $python -m eval sample --model $run --prompt "A class definition" --count 3
+train longer  bash launch/local.sh --max-steps 2000
+your own text $python -m data_prep text notes.txt --out data/mine
+              $python -m launch -- --model gpt2-mini --data-dir data/mine --out-dir runs/mine
+GPT-2 124M    launch/gpt2_124m_t4.sh, launch/gpt2_124m_8xa100.sh, launch/slurm.sbatch
+END

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,8 @@ PR_SET_PDEATHSIG = 1
 
 def run_torchrun(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run torchrun with `environment` on top of the inherited one, to its end; the exit status for the shell."""
-    with tempfile.TemporaryDirectory(prefix="gpt2_ddp_launch_") as folder, received_signals() as received:
+    received = received_signals()
+    with tempfile.TemporaryDirectory(prefix="gpt2_ddp_launch_") as folder:
         exit_file = Path(folder) / "status"
         agent = psutil.Popen(
             [*TORCHRUN, *arguments],
@@ -132,20 +133,19 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-@contextmanager
-def received_signals() -> Iterator[list[signal.Signals]]:
-    """A list that grows by each signal to pass on; the old answers to them come back on leaving."""
+def received_signals() -> list[signal.Signals]:
+    """A list that grows by each signal to pass on, to the end of this process.
+
+    The default answers do not come back: a second signal at the very end must not replace the status decided on.
+    """
     received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in PASSED_ON}
-    try:
-        yield received
-    finally:
-        for number, answer in before.items():
-            signal.signal(number, answer)
+    for number in PASSED_ON:
+        signal.signal(number, note)
+    return received
 
 
 def read(path: Path) -> str:

