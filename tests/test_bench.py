@@ -1,0 +1,56 @@
+"""The speed ladder: its rungs compute the same thing, and the command tells what it measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import environment
+
+from gpt2_ddp.bench import Bench, Measured, ladder, measure, table
+from gpt2_ddp.distributed import DistContext
+
+TINY = Bench(model="gpt2-nano", sequence_length=32, micro_batch_size=2, total_batch_size=128, steps=1, repeats=1)
+CPU = torch.device("cpu")
+
+
+def test_each_rung_adds_one_thing() -> None:
+    for device in (CPU, torch.device("cuda")):
+        rungs = [vars(rung) for rung in ladder(device)]
+        for before, after in itertools.pairwise(rungs):
+            assert sum(before[field] != after[field] for field in before if field != "name") == 1
+    assert [rung.name for rung in ladder(torch.device("cuda"))][1] == "+ TF32"
+
+
+def test_the_losses_of_the_rungs_agree() -> None:
+    losses = {r.name: measure(TINY, r, DistContext())[1].loss for r in ladder(CPU) if not r.compiled}
+    assert losses["+ padded vocabulary"] != losses["+ fused attention"]  # 47 logits more take part
+    assert max(losses.values()) - min(losses.values()) < 2e-3
+
+
+def test_a_rung_in_a_process_of_its_own() -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items() if value is not None]
+    command = [sys.executable, "-m", "gpt2_ddp.bench", *flags, "--rung", "+ torch.compile"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    measured = Measured(**told["measured"])
+    assert measured.tokens_per_sec == pytest.approx(128 / told["seconds"][0], rel=1e-3)
+    assert measured.peak_memory_mb > 100
+    assert "+ torch.compile" in table([measured])
+
+
+@pytest.mark.slow
+def test_the_whole_ladder(tmp_path: Path) -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items() if value is not None]
+    files = ["--json", str(tmp_path / "ladder.json"), "--plot", str(tmp_path / "ladder.png")]
+    subprocess.run([sys.executable, "-m", "gpt2_ddp.bench", *flags, *files], env=environment(), check=True)
+    rungs = json.loads((tmp_path / "ladder.json").read_text())["rungs"]
+    assert rungs[0]["speedup"] == 1
+    for rung in rungs:
+        assert rung["speedup"] == pytest.approx(rungs[0]["ms_per_step"] / rung["ms_per_step"], rel=1e-2)
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
