@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drivers import warm
 from running import (
     ROOT,
     checkpoint,
@@ -156,21 +157,27 @@ def test_stopped_on_four_ranks_resumed_on_one(clean_run: CleanRun, data_dir: Pat
     assert states[0]["data_hash"] == states[1]["data_hash"]
 
 
-def test_resume_from_a_named_checkpoint(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "run"
-    shutil.copytree(clean_run(), out_dir)
-    done = train(out_dir, data_dir, f"--resume={checkpoint(out_dir, 10)}")
-    assert "step_00000020 is newer; set aside as step_00000020.superseded" in done.stdout
-    assert (out_dir / "checkpoints" / "step_00000020.superseded" / "model.safetensors").exists()
-    assert_same_run(out_dir, clean_run())
+@pytest.fixture(scope="module")
+def tiny(shared_folder: Path, data_dir: Path) -> Path:
+    """A finished run of 12 steps in a forked process, which costs no start-up."""
+    return warm.clean_run(shared_folder, data_dir)
 
 
-def test_a_finished_run_is_left_alone(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "run"
-    shutil.copytree(clean_run(), out_dir)
+def test_resume_from_a_named_checkpoint(tiny: Path, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = shutil.copytree(tiny, tmp_path / "run")
+    done = warm.train(out_dir, data_dir, f"--resume={checkpoint(out_dir, 4)}")
+    for step in ("08", "12"):
+        assert f"step_000000{step} is newer; set aside as step_000000{step}.superseded" in done.stdout
+        assert (out_dir / "checkpoints" / f"step_000000{step}.superseded" / "model.safetensors").exists()
+    assert final_hashes(out_dir) == final_hashes(tiny)
+    assert column(out_dir, "data_hash") == column(tiny, "data_hash")
+
+
+def test_a_finished_run_is_left_alone(tiny: Path, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = shutil.copytree(tiny, tmp_path / "run")
     before = tree(out_dir)
-    done = train(out_dir, data_dir)
-    assert done.stdout.splitlines()[-1] == f"{out_dir} is already at step 20 of 20: nothing to do"
+    done = warm.train(out_dir, data_dir)
+    assert done.stdout.splitlines()[-1] == f"{out_dir} is already at step 12 of 12: nothing to do"
     assert tree(out_dir) == before
 
 
@@ -200,8 +207,9 @@ def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path:
     assert list((out_dir / "tensorboard").iterdir())
 
 
-def test_validation_loss_is_what_the_checkpoint_has(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
-    train(tmp_path / "run", data_dir, "--seed=1", "--max-steps=1", "--val-every=1", "--val-tokens=10000")
+def test_validation_loss_is_what_the_checkpoint_has(tiny: Path, data_dir: Path, tmp_path: Path) -> None:
+    more = ["--seed=1", "--sequence-length=16", "--max-steps=1", "--val-every=1", "--val-tokens=10000"]
+    warm.train(tmp_path / "run", data_dir, *more)
     model = load_model(checkpoint(tmp_path / "run")).eval()
     tokens = torch.frombuffer(bytearray((data_dir / "val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
     windows = torch.stack([tokens[at : at + 17] for at in range(0, len(tokens) - 16, 16)])
@@ -211,16 +219,18 @@ def test_validation_loss_is_what_the_checkpoint_has(clean_run: CleanRun, data_di
     assert val["tokens"] == windows[:, 1:].numel() == 43 * 16
     assert val["val_loss"] == pytest.approx(-float(log_likelihood.mean()), abs=1e-4)
     for name in ("data_hash", "loss"):  # of another seed
-        assert not set(column(tmp_path / "run", name)) & set(column(clean_run(), name))
+        assert not set(column(tmp_path / "run", name)) & set(column(tiny, name))
 
 
-def test_starting_from_another_runs_weights(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "run"
-    train(out_dir, data_dir, f"--init-from={clean_run()}", "--max-lr=0", "--max-steps=1")
-    assert final_hashes(out_dir)["model.safetensors"] == final_hashes(clean_run())["model.safetensors"]
-    moments = load_file(checkpoint(out_dir) / "optimizer.safetensors")
-    assert float(moments["wte.weight.step"]) == 1  # a new optimizer, a new schedule
-    assert column(out_dir, "step") == [1]
+def test_starting_from_another_runs_weights(tiny: Path, data_dir: Path, tmp_path: Path) -> None:
+    for number, source in enumerate((tiny, checkpoint(tiny, 8))):
+        out_dir = tmp_path / f"run{number}"
+        warm.train(out_dir, data_dir, f"--init-from={source}", "--max-lr=0", "--max-steps=1")
+        expected = final_hashes(tiny, None if source == tiny else 8)
+        assert final_hashes(out_dir)["model.safetensors"] == expected["model.safetensors"]
+        moments = load_file(checkpoint(out_dir) / "optimizer.safetensors")
+        assert float(moments["wte.weight.step"]) == 1  # a new optimizer, a new schedule
+        assert column(out_dir, "step") == [1]
 
 
 @pytest.mark.parametrize(
