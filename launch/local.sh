@@ -18,10 +18,10 @@ say "data: text to tokens, in $data"
 "$python" -m data_prep demo --out "$data"
 
 say "training, in $run"
-"$python" -m launch -- --model gpt2-nano --data-dir "$data" --out-dir "$run" \
-  --sequence-length 256 --micro-batch-size 2 --total-batch-size 4096 \
-  --max-steps 400 --warmup-steps 20 --max-lr 3e-3 \
-  --val-every 100 --val-tokens 8192 --checkpoint-every 100 "$@"
+"$python" -m launch -- --model gpt2-mini --data-dir "$data" --out-dir "$run" \
+  --sequence-length 256 --micro-batch-size auto --total-batch-size 2048 \
+  --max-steps 160 --warmup-steps 10 --max-lr 1e-3 \
+  --val-every 40 --val-tokens 8192 --checkpoint-every 80 "$@"
 
 say "plot"
 "$python" -m eval plot "$run" --out "$run/plot.png"
@@ -38,12 +38,11 @@ say "a sample"
 
 say "done"
 "$python" - "$run/metrics.jsonl" <<'PYTHON'
-import json, sys
+import json, statistics, sys
 
 events = [json.loads(line) for line in open(sys.argv[1])]
-losses = {event["step"]: event["loss"] for event in events if event["event"] == "train"}
-first, last = min(losses), max(losses)
-print(f"training loss {losses[first]:.2f} at step {first}, {losses[last]:.2f} at step {last}")
+losses = [event["loss"] for event in events if event["event"] == "train"]
+print(f"training loss {losses[0]:.2f} at step 1, {statistics.mean(losses[-10:]):.2f} over the last ten")
 PYTHON
 cat <<END
 the run       $run: checkpoints/ open in Hugging Face transformers as they are, metrics.jsonl, plot.png

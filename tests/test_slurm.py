@@ -47,7 +47,7 @@ def wait_for_state(cluster: SlurmCluster, job_id: str, state: str, folder: Path)
         assert found == state or not ended, f"{found}: {log.read_text() if log.exists() else 'no log'}"
         return found == state
 
-    wait_until(reached)
+    wait_until(reached, timeout=300)
     return cluster.job(job_id)
 
 
@@ -70,7 +70,7 @@ def test_warned_it_saves_is_requeued_and_ends_at_the_clean_weights(
 ) -> None:
     run = tmp_path / "run"
     job_id = submit(*FLAGS)
-    wait_until(lambda: steps(run) > 5)
+    wait_until(lambda: steps(run) > 5, timeout=300)
     cluster.run("scancel", "--batch", "--signal=USR1", job_id)
     wait_for_state(cluster, job_id, "PENDING", tmp_path)
     stopped = status(run)
@@ -91,7 +91,7 @@ def test_scancel_leaves_a_checkpoint_of_the_last_step(
 ) -> None:
     run = tmp_path / "run"
     job_id = submit("--max-steps", "100000", "--checkpoint-every", "0")
-    wait_until(lambda: steps(run) > 5)
+    wait_until(lambda: steps(run) > 5, timeout=300)
     cluster.run("scancel", job_id)
     wait_for_state(cluster, job_id, "CANCELLED", tmp_path)
     wait_until(lambda: not ranks_on(cluster, "n1") + ranks_on(cluster, "n2"))
@@ -106,7 +106,7 @@ def test_a_killed_rank_restarts_both_nodes_and_ends_at_the_clean_weights(
 ) -> None:
     run = tmp_path / "run"
     job_id = submit(*FLAGS)
-    wait_until(lambda: steps(run) > 35)
+    wait_until(lambda: steps(run) > 35, timeout=300)
     (victim,) = ranks_on(cluster, "n2")
     victim.kill()
     job = wait_for_state(cluster, job_id, "COMPLETED", tmp_path)
@@ -119,7 +119,7 @@ def test_a_user_error_fails_the_job_at_once_and_is_not_requeued(
     cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path
 ) -> None:
     job_id = submit("--total-batch-size", "33")
-    wait_until(lambda: cluster.job(job_id)["JobState"] in {"FAILED", "COMPLETED"})
+    wait_until(lambda: cluster.job(job_id)["JobState"] in {"FAILED", "COMPLETED"}, timeout=300)
     job = cluster.job(job_id)
     log = (tmp_path / "log").read_text()
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
