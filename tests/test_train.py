@@ -181,6 +181,15 @@ def test_a_finished_run_is_left_alone(tiny: Path, data_dir: Path, tmp_path: Path
     assert tree(out_dir) == before
 
 
+def loss_of(path: Path, data_dir: Path, sequences: int) -> float:
+    """The loss of a checkpoint over the first sequences of 16 tokens of the validation shard, from the definition."""
+    tokens = torch.frombuffer(bytearray((data_dir / "val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
+    windows = torch.stack([tokens[16 * number : 16 * number + 17] for number in range(sequences)])
+    with torch.no_grad():
+        log_likelihood = load_model(path).eval()(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])
+    return -float(log_likelihood.mean())
+
+
 def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
     out_dir, examples = tmp_path / "run", tmp_path / "hellaswag.jsonl"
     example = {"ctx_a": "A dog", "ctx_b": "", "ctx": "A dog", "activity_label": "Dogs", "ind": 1, "label": 1,
@@ -200,6 +209,7 @@ def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path:
     assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step_00000020"]
     losses = [e["val_loss"] for e in metrics(out_dir, "val")]
     assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks
     assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
     assert {e["examples"] for e in metrics(out_dir, "hellaswag")} == {3}
     assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
@@ -210,14 +220,9 @@ def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path:
 def test_validation_loss_is_what_the_checkpoint_has(tiny: Path, data_dir: Path, tmp_path: Path) -> None:
     more = ["--seed=1", "--sequence-length=16", "--max-steps=1", "--val-every=1", "--val-tokens=10000"]
     warm.train(tmp_path / "run", data_dir, *more)
-    model = load_model(checkpoint(tmp_path / "run")).eval()
-    tokens = torch.frombuffer(bytearray((data_dir / "val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
-    windows = torch.stack([tokens[at : at + 17] for at in range(0, len(tokens) - 16, 16)])
-    with torch.no_grad():
-        log_likelihood = model(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])
     [val] = metrics(tmp_path / "run", "val")
-    assert val["tokens"] == windows[:, 1:].numel() == 43 * 16
-    assert val["val_loss"] == pytest.approx(-float(log_likelihood.mean()), abs=1e-4)
+    assert val["tokens"] == 43 * 16
+    assert val["val_loss"] == pytest.approx(loss_of(checkpoint(tmp_path / "run"), data_dir, 43), abs=1e-4)
     for name in ("data_hash", "loss"):  # of another seed
         assert not set(column(tmp_path / "run", name)) & set(column(tiny, name))
 
