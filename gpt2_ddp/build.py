@@ -13,7 +13,7 @@ from gpt2_ddp import optim, resume
 from gpt2_ddp.compute import choose_numerics, make_reduction, settle_micro_batch, start_model, trainable
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step, require_same_data
-from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.distributed import DistContext, release
 from gpt2_ddp.gradients import GradientReduction
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
@@ -82,7 +82,7 @@ class Run:
 def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held: ExitStack) -> Run:
     """Check everything that a user can have got wrong, then build the run; collective over the ranks.
 
-    The run directory is held for this run until `held` is closed.
+    The run directory and what DDP made are held for this run until `held` is closed.
 
     Raises:
         ValueError: for the user's mistakes, with the same outcome on every rank.
@@ -102,6 +102,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     state = resume.restore(found, context, model, optimizer, precision.scaler)
     compiled = choose_compile(config.compile, hardware)
     train_model = trainable(model, precision, plan, context, compiled=compiled, ddp=not config.reproducible)
+    held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
     log = context.together(lambda: open_log(config, context, state.step))
     for line in [*found.said, *([warning] if warning else [])]:

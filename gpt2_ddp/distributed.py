@@ -152,6 +152,16 @@ def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
     return model.no_sync()
 
 
+def release(model: nn.Module) -> None:
+    """Take apart what DDP made, before the process group is destroyed; `model` trains no more.
+
+    DDP's reducer shares the group. Were it the last to let go, it would wait for gloo's threads while it holds Python's
+    lock, which such a thread may need to forget its last collective: a rank that has finished would hang for ever.
+    """
+    if isinstance(model, DistributedDataParallel):
+        del model.reducer, model.logger
+
+
 def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> torch.device:
     """The device of one rank for `--device {auto,cuda,cpu,mps}`.
 

@@ -61,7 +61,7 @@ def require_equal_ranks(context: DistContext, tensors: Mapping[str, Tensor]) -> 
     """Check that all ranks hold the same `tensors` of 32-bit numbers, by a sum of their bits that any one bit changes.
 
     Raises:
-        RuntimeError: naming each rank and its first tensor that is not what most ranks have.
+        RuntimeError: naming each rank and its first tensor that is not what most ranks have; all, if there is no most.
     """
     if context.world_size == 1:
         return
@@ -69,10 +69,10 @@ def require_equal_ranks(context: DistContext, tensors: Mapping[str, Tensor]) -> 
     told = context.gather(sums.tolist())
     drifted: dict[int, str] = {}
     for index, name in enumerate(tensors):
-        usual, _ = Counter(values[index] for values in told).most_common(1)[0]
+        [(usual, votes)] = Counter(values[index] for values in told).most_common(1)
         for rank, values in enumerate(told):
-            if values[index] != usual:
+            if values[index] != usual or 2 * votes <= context.world_size:
                 drifted.setdefault(rank, name)
     if drifted:
         named = ", ".join(f"rank {rank} in {name}" for rank, name in sorted(drifted.items()))
-        raise RuntimeError(f"the ranks no longer hold the same weights: {named} differs from the others")
+        raise RuntimeError(f"the ranks no longer hold the same weights; out of line: {named}")
