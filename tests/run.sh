@@ -17,5 +17,5 @@ if [ -n "$failed" ]; then
   echo "== failed:$failed; the tests follow"
 fi
 # Two at a time: a test that starts ranks keeps a core busy with each.
-check python -m pytest -n 2 --dist worksteal -rs "$@"
+check python -m pytest -n 2 --dist worksteal -rs -m "not slow" "$@"
 [ -z "$failed" ]
