@@ -40,6 +40,7 @@ class Watchdog(threading.Thread):
         """Begin, unless that has been done or there is nobody to watch."""
         if (self._context.store or self._torchrun) and not self.is_alive() and not self._ended.is_set():
             self._context.shorten_timeouts(self._timeout + 30)  # later than this thread, which can name who is late
+            self._publish()  # here, so that a rank that stops at once is known to the others
             self.start()
 
     def run(self) -> None:
@@ -49,9 +50,14 @@ class Watchdog(threading.Thread):
             if self._torchrun not in (None, os.getppid()):
                 print("error: torchrun has died: ending too", file=sys.stderr, flush=True)
                 os._exit(1)  # nobody would restart or stop this rank, and the next start needs the run directory
-            if self._context.store is None:
+            try:
+                self._publish()
+                look = self._look()
+            except RuntimeError:  # torchrun, which has the store, is ending or has died: the next round will tell
                 continue
-            recent.append(self._look())
+            if look is None:
+                continue
+            recent.append(look)
             if beats != [told["beats"] for told in recent[-1]]:
                 beats, since = [told["beats"] for told in recent[-1]], time.monotonic()
             stood_still = time.monotonic() - since
@@ -60,10 +66,7 @@ class Watchdog(threading.Thread):
             if len(recent) == recent.maxlen and stood_still > (self._silence if silent else self._timeout):
                 self._give_up(recent[-1], silent)
 
-    def _look(self) -> list[dict[str, Any]]:
-        """Publish this rank's counts and read everybody's."""
-        store = self._context.store
-        assert store is not None  # `watch` has looked
+    def _publish(self) -> None:
         self._ticks += 1
         mine = {
             "beats": self._context.pulse.beats,
@@ -71,8 +74,16 @@ class Watchdog(threading.Thread):
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        store.set(f"watchdog/{self._context.rank}", json.dumps(mine))
-        return [json.loads(store.get(f"watchdog/{rank}")) for rank in range(self._context.world_size)]
+        if self._context.store is not None:
+            self._context.store.set(f"watchdog/{self._context.rank}", json.dumps(mine))
+
+    def _look(self) -> list[dict[str, Any]] | None:
+        """What every rank published last; None while one of them has not, because it is in its first step."""
+        keys = [f"watchdog/{rank}" for rank in range(self._context.world_size)]
+        store = self._context.store
+        if store is None or not store.check(keys):
+            return None
+        return [json.loads(store.get(key)) for key in keys]
 
     def _give_up(self, now: list[dict[str, Any]], silent: list[int]) -> None:
         ranks = range(self._context.world_size)
