@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,12 +156,12 @@ def wait_until_idle(cluster: SlurmCluster) -> None:
 
 def end_leftovers(configuration: Path) -> None:
     """Kill what the jobs left: slurmstepd and its children carry the configuration's path in their environment."""
+    mark = f"SLURM_CONF={configuration}".encode()
     for process in psutil.process_iter():
-        try:
-            if process.environ().get("SLURM_CONF") == str(configuration) and process.pid != os.getpid():
+        # Not psutil's environ(): slurmstepd writes its title over the beginning, and psutil then reads no further.
+        with suppress(OSError, psutil.Error):
+            if process.pid != os.getpid() and mark in Path(f"/proc/{process.pid}/environ").read_bytes():
                 process.kill()
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
 
 
 def free_ports(count: int) -> list[int]:
