@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from drivers.disk import Disk
 
-from gpt2_ddp import build, checkpoint, events, optim, saver, train
+from gpt2_ddp import checkpoint, events, optim, saver, train
 from gpt2_ddp.build import Run
 from gpt2_ddp.data import StepBatch, TrainData
 
@@ -193,24 +194,25 @@ def pass_over(*, after: int, by: int) -> None:
 
 
 def flip_bit(*, step: int, rank: int, tensor: str) -> None:
-    """Flip the lowest bit of the last number of a parameter on one rank, before `step`."""
+    """Flip one bit of the last number of a parameter on one rank before `step`, high enough not to be rounded off."""
 
     def flip(run: Run, batch: StepBatch) -> None:
         if batch.step == step and rank == RANK and first_time(run.config.out_dir / "flipped"):
-            dict(run.model.named_parameters())[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
+            dict(run.model.named_parameters())[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
 
     before_step(flip)
 
 
-def no_space(*, steps: Sequence[int]) -> None:
-    """The disk is full when the checkpoints of `steps` are written."""
+def no_space(*, steps: Sequence[int], once: bool = False) -> None:
+    """The disk is full when the checkpoints of `steps` are written, or only when they are first."""
     original, fsync = saver.write_checkpoint, os.fsync
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_checkpoint(path: Path, files: dict[str, Any]) -> int:
-        os.fsync = full if int(path.name[5:]) in steps else fsync
+        strike = int(path.name[5:]) in steps and (not once or first_time(path.parent.parent / f"full{path.name}"))
+        os.fsync = full if strike else fsync
         try:
             return original(path, files)
         finally:
@@ -247,7 +249,7 @@ def other_data(*, rank: int, data_dir: str) -> None:
 def elsewhere(*, rank: int) -> None:
     """One rank's host has another name."""
     if rank == RANK:
-        build.socket.gethostname = lambda: "elsewhere"
+        socket.gethostname = lambda: "elsewhere"
 
 
 FAULTS = {

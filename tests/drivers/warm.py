@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,13 +99,13 @@ class Trainer:
     def wait(self) -> Ended:
         returncode = ask(wait=self.pid)
         said = [Path(f"{self.output}.{name}").read_text() for name in ("stdout", "stderr")]
+        shutil.rmtree(self.output.parent)
         return Ended(returncode=returncode, stdout=said[0], stderr=said[1])
 
 
 def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None) -> Trainer:
     """Start to train on one rank and return at once."""
-    output = out_dir.parent / f"{out_dir.name}.output"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(tempfile.mkdtemp()) / "output"
     pid = ask(argv=flags(out_dir, data_dir, *more), faults=faults or {}, output=str(output))
     return Trainer(pid=pid, output=output)
 

@@ -1,0 +1,128 @@
+"""Saves that fail cost a checkpoint and nothing else; saves that work hardly keep training waiting."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from drivers import warm
+from running import checkpoint, final_hashes, metrics, status, wait_until
+
+from gpt2_ddp.checkpoint import faults
+
+
+@pytest.fixture(scope="module")
+def clean(shared_folder: Path, data_dir: Path) -> Path:
+    return warm.clean_run(shared_folder, data_dir)
+
+
+def saved(out_dir: Path) -> list[str]:
+    return sorted(path.name for path in (out_dir / "checkpoints").iterdir())
+
+
+def test_training_goes_on_while_a_save_is_being_written(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    """The save of step 4 does not end until step 7 is logged; what it holds is step 4."""
+    out_dir = tmp_path / "run"
+    trainer = warm.start(out_dir, data_dir, faults={"hold_save": {"step": 4}})
+    wait_until(lambda: [entry for entry in metrics(out_dir) if entry["step"] == 7])
+    assert saved(out_dir) == ["step_00000004.tmp"]
+    (out_dir / "go").touch()
+    assert trainer.wait().returncode == 0
+    assert final_hashes(out_dir, 4) == final_hashes(clean, 4)
+    assert final_hashes(out_dir) == final_hashes(clean)
+    first, second, _ = metrics(out_dir, "checkpoint")
+    assert (first["step"], second["step"]) == (4, 8)
+    assert first["blocked_seconds"] < first["seconds"] / 2
+    files = checkpoint(out_dir, 4).iterdir()
+    assert first["bytes"] == sum(path.stat().st_size for path in files if path.name != "manifest.json")
+
+
+def test_a_save_that_never_ends_leaves_out_the_next_ones(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    """The next is given half of --timeout; only the last waits for as long as it takes."""
+    out_dir = tmp_path / "run"
+    flags = ("--timeout", "0.2", "--checkpoint-every", "2")
+    trainer = warm.start(out_dir, data_dir, *flags, faults={"hold_save": {"step": 4}})
+    wait_until(lambda: [entry for entry in metrics(out_dir) if entry["step"] == 12])
+    (out_dir / "go").touch()
+    done = trainer.wait()
+    assert done.returncode == 0
+    for step in (6, 8, 10):
+        assert f"step {step} | could not save: the save before it is still being written" in done.stdout
+    assert saved(out_dir) == ["step_00000002", "step_00000004", "step_00000012"]
+    assert final_hashes(out_dir) == final_hashes(clean)
+
+
+def test_a_save_that_fails_is_said_and_the_next_one_tried(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    done = warm.train(tmp_path / "run", data_dir, faults={"no_space": {"steps": [8]}})
+    said = "step 8 | could not save: [Errno 28] No space left on device; the older checkpoints are untouched"
+    assert said in done.stdout
+    assert saved(tmp_path / "run") == ["step_00000004", "step_00000012"]
+    assert final_hashes(tmp_path / "run") == final_hashes(clean)
+    assert [entry["step"] for entry in metrics(tmp_path / "run", "checkpoint")] == [4, 12]
+
+
+@pytest.mark.parametrize("stop", [False, True], ids=["finished", "stopped"])
+def test_a_last_save_that_fails_is_a_failure(clean: Path, data_dir: Path, tmp_path: Path, stop: bool) -> None:
+    out_dir, last = tmp_path / "run", 10 if stop else 12
+    failing = {"no_space": {"steps": [last]}, **({"stop_after": {"step": last}} if stop else {})}
+    done = warm.train(out_dir, data_dir, faults=failing, status=1)
+    assert f"the last checkpoint, of step {last}, is not saved: [Errno 28] No space left on device" in done.stderr
+    assert (status(out_dir)["state"], status(out_dir)["step"]) == ("failed", last)
+    assert saved(out_dir) == ["step_00000004", "step_00000008"]
+    warm.train(out_dir, data_dir)
+    assert final_hashes(out_dir) == final_hashes(clean)
+    assert [entry["step"] for entry in metrics(out_dir)] == list(range(1, 13))
+
+
+def test_a_last_save_that_fails_ends_all_ranks(data_dir: Path, tmp_path: Path) -> None:
+    """torchrun then starts again from the checkpoint before, and the disk has space."""
+    out_dir = tmp_path / "run"
+    failing = {"no_space": {"steps": [12], "once": True}}
+    done = warm.train_ranks(2, out_dir, data_dir, "--reproducible", faults=failing, torchrun=["--max-restarts=1"])
+    assert "the last checkpoint, of step 12, is not saved" in done.stderr
+    assert faults(checkpoint(out_dir, 12)) == []
+    assert status(out_dir)["state"] == "finished"
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_delays_saves_and_lines_and_loses_none(shared_folder: Path, data_dir: Path, tmp_path: Path) -> None:
+    """From step 6 to step 38 no byte is free, on the disk that has the checkpoints, the metrics and the status."""
+    longer = ("--max-steps", "40")
+    clean = warm.clean_run(shared_folder, data_dir, *longer)
+    with small_disk(tmp_path / "disk", "16m") as disk:
+        done = warm.train(disk / "run", data_dir, *longer, faults={"fill_disk": {"step": 6, "until": 38}})
+        assert "step 8 | could not save: [Errno 28] No space left on device" in done.stdout
+        assert "step 36 | could not save: [Errno 28] No space left on device" in done.stdout
+        assert "metrics.jsonl: No space left on device; its lines wait in memory" in done.stderr
+        assert saved(disk / "run") == ["step_00000004", "step_00000040"]
+        assert [faults(checkpoint(disk / "run", step)) for step in (4, 40)] == [[], []]
+        assert final_hashes(disk / "run") == final_hashes(clean)
+        assert [entry["step"] for entry in metrics(disk / "run")] == list(range(1, 41))
+        assert status(disk / "run")["state"] == "finished"
+
+
+def test_a_disk_that_stays_full_fails_at_the_last_save(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "16m") as disk:
+        done = warm.train(disk / "run", data_dir, faults={"fill_disk": {"step": 6}}, status=1)
+        assert "the last checkpoint, of step 12, is not saved" in done.stderr
+        assert saved(disk / "run") == ["step_00000004"]
+        (disk / "run" / "filler").unlink()
+        warm.train(disk / "run", data_dir)
+        assert final_hashes(disk / "run") == final_hashes(clean)
+        assert [entry["step"] for entry in metrics(disk / "run")] == list(range(1, 13))
