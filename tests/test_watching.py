@@ -1,0 +1,92 @@
+"""Watching a run changes nothing: evaluation, sampling, logging and saving leave every byte of the weights alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from drivers import warm
+from running import checkpoint, final_hashes, metrics, tree
+
+SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
+"""A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""
+
+
+@pytest.fixture(scope="module")
+def hellaswag(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("hellaswag") / "val.jsonl"
+    example = {
+        "ind": 1,
+        "activity_label": "Sewing",
+        "ctx_a": "She threads a needle.",
+        "ctx_b": "then she",
+        "ctx": "She threads a needle. then she",
+        "split_type": "indomain",
+        "label": 0,
+        "endings": ["sews a button on.", "flies to the moon.", "is a needle.", "eats the thread, twice."],
+    }
+    file.write_text("".join(json.dumps(example | {"ind": number}) + "\n" for number in range(3)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def unwatched(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("unwatched") / "run"
+    warm.train(out_dir, data_dir, *SMALL, "--log-every", "6", "--checkpoint-every", "0", "--check-ranks-every", "0")
+    return out_dir
+
+
+def cadences(hellaswag: Path, *, val: int, scored: int, sample: int, log: int, save: int) -> list[str]:
+    numbers = {"val": val, "hellaswag": scored, "sample": sample, "log": log, "checkpoint": save}
+    every = [part for name, number in numbers.items() for part in (f"--{name}-every", str(number))]
+    return [*SMALL, *every, "--val-tokens", "64", "--hellaswag-data", str(hellaswag)]
+
+
+def counted(out_dir: Path, event: str) -> dict[int, int]:
+    """How often each step has such a line."""
+    return dict(Counter(entry["step"] for entry in metrics(out_dir, event)))
+
+
+@pytest.mark.parametrize(
+    ("val", "scored", "sample", "log", "save"), [(1, 1, 1, 1, 1), (2, 0, 3, 1, 0), (0, 5, 0, 4, 2)]
+)
+def test_any_cadence_gives_the_same_weights(
+    unwatched: Path, hellaswag: Path, data_dir: Path, tmp_path: Path, val: int, scored: int, sample: int, log: int,
+    save: int,
+) -> None:  # fmt: skip
+    flags = cadences(hellaswag, val=val, scored=scored, sample=sample, log=log, save=save)
+    warm.train(tmp_path / "run", data_dir, *flags)
+    assert final_hashes(tmp_path / "run") == final_hashes(unwatched)
+    for event, every in (("val", val), ("hellaswag", scored), ("sample", sample), ("train", log)):
+        due = [step for step in range(1, 7) if every and (step % every == 0 or step == 6)]
+        assert counted(tmp_path / "run", event) == dict.fromkeys(due, 1)
+
+
+def test_after_restarts_no_line_is_twice_or_missing(
+    unwatched: Path, hellaswag: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    out_dir = tmp_path / "run"
+    flags = cadences(hellaswag, val=1, scored=2, sample=3, log=1, save=2)
+    killed = {"kill": {"steps": [2, 3, 4, 6]}}
+    for _ in killed["kill"]["steps"]:
+        warm.train(out_dir, data_dir, *flags, faults=killed, status=-signal.SIGKILL)
+    with (out_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 6, "lo')  # torn by the last death
+    warm.train(out_dir, data_dir, *flags, faults=killed)
+    assert final_hashes(out_dir) == final_hashes(unwatched)
+    assert counted(out_dir, "train") == counted(out_dir, "val") == dict.fromkeys(range(1, 7), 1)
+    assert counted(out_dir, "hellaswag") == {2: 1, 4: 1, 6: 1}
+    assert counted(out_dir, "sample") == {3: 1, 6: 1}
+
+
+def test_a_finished_run_is_left_alone(unwatched: Path, data_dir: Path) -> None:
+    before = tree(unwatched)
+    done = warm.train(unwatched, data_dir, *SMALL)
+    assert "nothing to do" in done.stdout
+    assert tree(unwatched / "checkpoints") == {
+        name.removeprefix("checkpoints/"): digest for name, digest in before.items() if name.startswith("checkpoints/")
+    }
+    assert checkpoint(unwatched).name == "step_00000006"
