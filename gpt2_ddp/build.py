@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from gpt2_ddp.metrics import (
     WeightsAndBiases,
 )
 from gpt2_ddp.model import GPT
-from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_compile, choose_dtype, found_hardware
+from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware
 from gpt2_ddp.resume import TrainState
 from gpt2_ddp.saver import CheckpointWriter
 from gpt2_ddp.shards import find_shards, fingerprint
@@ -100,13 +101,11 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
     state = resume.restore(found, context, model, optimizer, precision.scaler)
-    compiled = choose_compile(config.compile, hardware)
-    train_model = trainable(model, precision, plan, context, compiled=compiled, ddp=not config.reproducible)
+    train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    log = context.together(lambda: open_log(config, context, state.step))
-    for line in [*found.said, *([warning] if warning else [])]:
-        log.say(line)
+    said = [*found.said, *([warning] if warning else [])]
+    log = context.together(lambda: open_log(config, context, state.step, said))
     return Run(
         config=config,
         context=context,
@@ -194,8 +193,8 @@ def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:
     )
 
 
-def open_log(config: TrainConfig, context: DistContext, step: int) -> RunLog:
-    """The run's log on rank 0, a silent one elsewhere."""
+def open_log(config: TrainConfig, context: DistContext, step: int, said: Sequence[str]) -> RunLog:
+    """The run's log on rank 0, which begins with the lines `said`; a silent one elsewhere."""
     if not context.is_main:
         return NullLog()
     boards: list[Board] = []
@@ -203,4 +202,7 @@ def open_log(config: TrainConfig, context: DistContext, step: int) -> RunLog:
         boards.append(TensorBoard(config.out_dir, resumed_step=step))
     if config.wandb:
         boards.append(WeightsAndBiases(config.out_dir))
-    return FileLog(config.out_dir, resumed_step=step, boards=boards)
+    log = FileLog(config.out_dir, resumed_step=step, boards=boards)
+    for line in said:
+        log.say(line)
+    return log

@@ -95,7 +95,12 @@ def make_reduction(
 
 
 def trainable(
-    model: GPT, precision: Precision, plan: BatchPlan, context: DistContext, *, compiled: bool, ddp: bool
+    config: TrainConfig,
+    context: DistContext,
+    plan: BatchPlan,
+    hardware: Hardware,
+    precision: Precision,
+    model: GPT,
 ) -> nn.Module:
     """`model` compiled where that works and wrapped by DDP, warmed up by backward passes that leave nothing behind.
 
@@ -111,7 +116,7 @@ def trainable(
         model.zero_grad(set_to_none=True)
 
     train_model: nn.Module = model
-    if compiled:
+    if choose_compile(config.compile, hardware):
         reason = None
         try:
             train_model = torch.compile(model)  # type: ignore[assignment]
@@ -122,7 +127,7 @@ def trainable(
             train_model = model
             if reason:
                 warn(f"torch.compile failed ({reason}): training without it")
-    wrapped = context.wrap(train_model) if ddp else train_model
+    wrapped = train_model if config.reproducible else context.wrap(train_model)
     if wrapped is not train_model:
         warm_up(wrapped)
         warm_up(wrapped)  # the buckets are ordered anew when the second pass begins

@@ -147,13 +147,15 @@ def run_training(config: TrainConfig) -> int:
                     f"{config.out_dir} is already at step {run.state.step} of {config.max_steps}: nothing to do"
                 )
                 return 0
-            note_start(run)
+            context.together(lambda: note_start(run))
             run.log.event("start", step=run.state.step, world_size=context.world_size, dtype=str(run.precision.dtype))
             run.log.status("running", step=run.state.step)
             if config.spike_guard and run.state.step == 0:
                 save(run)  # what a spike before the first checkpoint goes back to
             outcome = train(run)
             finish(run, outcome)
+        except OSError:
+            raise  # a disk that refuses files gets no status either
         except BaseException as error:
             run.log.status("failed", step=run.state.step, error=f"{type(error).__name__}: {error}")
             raise
