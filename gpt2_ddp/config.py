@@ -154,7 +154,7 @@ def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """The fields that must not change within a run and differ from those of `saved`, each as one phrase."""
     now = config.to_json()
     return [
-        f"{flag(name)} is {now[name]}, the run has {saved.get(name)}"
+        f"{flag(name)} is {now[name]}, the run has {str(saved.get(name))[:60]}"
         for name in FIXED_FIELDS
         if saved.get(name) != now[name]
     ]
