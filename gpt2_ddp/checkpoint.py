@@ -133,7 +133,8 @@ def faults(path: Path) -> list[str]:
 def _fault(path: Path, name: str, size: int, sha256: str) -> str | None:
     file = path / name
     try:
-        if name in ("", ".", "..") or Path(name).name != name or file.is_symlink():
+        plain = name not in ("", ".", "..") and Path(name).name == name and name.isprintable()
+        if not plain or file.is_symlink():
             return f"{name[:60]!r} is no file of the checkpoint"
         if not file.is_file():
             return f"{name} is missing"
