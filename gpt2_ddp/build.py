@@ -95,11 +95,13 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
+    watchdog = held.enter_context(Watchdog(context, config.timeout))
     context.from_main(lambda: hold_directory(config.out_dir, held))
     found = context.from_main(lambda: resume.find_resume(config, sources.fingerprint))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
+    skips = optim.SkipCount(found.state.get("skipped", 0), context.device, found.state.get("skipped_in_a_row", 0))
     state = resume.restore(found, context, model, optimizer, precision.scaler)
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
@@ -117,16 +119,14 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         train_model=train_model,
         reduction=make_reduction(train_model, context, plan, reproducible=config.reproducible),
         optimizer=optimizer,
-        skips=optim.SkipCount(
-            found.state.get("skipped", 0), context.device, in_a_row=found.state.get("skipped_in_a_row", 0)
-        ),
+        skips=skips,
         guard=guard,
         data=open_data(config, context, plan, sources.train, first_step=state.step + guard.passed_over + 1),
         sources=sources,
         log=log,
         writer=open_writer(config, context),
         stop=stop,
-        watchdog=Watchdog(context, config.timeout),
+        watchdog=watchdog,
         state=state,
         tokenizer=tokenizer_files() if context.is_main else {},
     )

@@ -65,12 +65,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if line is None or os.environ.get("GPT2_DDP_TRACEBACK"):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            tell(f"error: {line}")
         status = 2
     if (exit_file := os.environ.get(EXIT_FILE)) and os.environ.get("LOCAL_RANK", "0") == "0":
         with open(exit_file, "w") as file:
             file.write(str(status))
     sys.exit(status)
+
+
+def tell(line: str) -> None:
+    """Write `line` to stderr in one piece, so that those of several ranks do not run into each other."""
+    sys.stderr.write(f"{line}\n")  # `print` writes the end of the line apart where Python is unbuffered
+    sys.stderr.flush()
 
 
 def parse(config: Callable[..., Config], description: str, argv: Sequence[str] | None = None) -> Config:

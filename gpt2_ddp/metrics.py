@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from gpt2_ddp.cli import tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,4 +219,4 @@ def memory_mb(peak_bytes: int | None) -> float:
 
 def warn(text: str) -> None:
     """A warning to the person who watches, on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tell(f"warning: {text}")

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from typing import Any
 
 from torch.distributed import is_torchelastic_launched
 
+from gpt2_ddp.cli import tell
 from gpt2_ddp.distributed import DistContext
 
 SILENCE_SECONDS = 60.0
@@ -23,6 +23,9 @@ SILENCE_SECONDS = 60.0
 
 class Watchdog(threading.Thread):
     """Ends this process when no rank gets on any more, after naming the ranks that hold up the others.
+
+    Also, from its start on, when torchrun has died: nobody would restart or stop this rank any more, and the next start
+    needs the run directory that it holds.
 
     Every rank publishes how often it has got on (`beats`) and that it lives at all (`ticks`). A rank whose ticks stand
     still is stopped or gone; else the ones with the fewest beats are those that the others wait for.
@@ -34,22 +37,32 @@ class Watchdog(threading.Thread):
         self._context, self._timeout, self._silence = context, timeout, min(timeout, SILENCE_SECONDS)
         self._ticks = 0
         self._torchrun = os.getppid() if is_torchelastic_launched() else None
+        self._judging = threading.Event()
         self._ended = threading.Event()
 
+    def __enter__(self) -> Watchdog:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dismiss()
+
     def watch(self) -> None:
-        """Begin, unless that has been done or there is nobody to watch."""
-        if (self._context.store or self._torchrun) and not self.is_alive() and not self._ended.is_set():
+        """From now on, after the first step, the ranks are expected to get on."""
+        if self._context.store is not None and not self._judging.is_set():
+            self._judging.set()
             self._context.shorten_timeouts(self._timeout + 30)  # later than this thread, which can name who is late
             self._publish()  # here, so that a rank that stops at once is known to the others
-            self.start()
 
     def run(self) -> None:
         recent: deque[list[dict[str, Any]]] = deque(maxlen=6)
         beats, since = [-1], time.monotonic()
         while not self._ended.wait(min(1.0, self._timeout / 10)):
             if self._torchrun not in (None, os.getppid()):
-                print("error: torchrun has died: ending too", file=sys.stderr, flush=True)
-                os._exit(1)  # nobody would restart or stop this rank, and the next start needs the run directory
+                tell("error: torchrun has died: ending too")
+                os._exit(1)
+            if not self._judging.is_set():
+                continue
             try:
                 self._publish()
                 look = self._look()
@@ -74,14 +87,15 @@ class Watchdog(threading.Thread):
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        if self._context.store is not None:
-            self._context.store.set(f"watchdog/{self._context.rank}", json.dumps(mine))
+        assert self._context.store is not None  # `watch` has looked
+        self._context.store.set(f"watchdog/{self._context.rank}", json.dumps(mine))
 
     def _look(self) -> list[dict[str, Any]] | None:
         """What every rank published last; None while one of them has not, because it is in its first step."""
         keys = [f"watchdog/{rank}" for rank in range(self._context.world_size)]
         store = self._context.store
-        if store is None or not store.check(keys):
+        assert store is not None
+        if not store.check(keys):
             return None
         return [json.loads(store.get(key)) for key in keys]
 
@@ -92,7 +106,7 @@ class Watchdog(threading.Thread):
         if self._context.rank == min(set(ranks) - set(silent)):
             what = "gives no sign of life" if silent else "holds up the others"
             named = ", ".join(f"rank {rank} on {now[rank]['host']}" for rank in late)
-            print(f"error: the run stands still: {named} {what}", file=sys.stderr, flush=True)
+            tell(f"error: the run stands still: {named} {what}")
         else:
             time.sleep(2)  # torchrun ends everybody at the first exit: let the line be printed
         for told in (now[rank] for rank in silent):

@@ -130,6 +130,7 @@ def test_gradients_are_reduced_once_an_update_however_many_micro_steps(
 
 COLLECTIVES = """
 import os
+import sys
 import torch
 import torch.distributed as dist
 from gpt2_ddp.distributed import open_context
@@ -193,7 +194,7 @@ with open_context("cpu") as context:
     assert type(ddp).__name__ == "DistributedDataParallel"
     assert ddp.gradient_as_bucket_view and not ddp.static_graph
 assert not dist.is_initialized()
-print(f"rank {rank} is through")
+sys.stdout.write(f"rank {rank} is through\\n")  # in one piece: print writes the line end apart
 """
 
 

@@ -110,6 +110,7 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
 
 
 FAKE_SHORTAGE = """
+import sys
 import torch
 from gpt2_ddp.distributed import open_context
 from gpt2_ddp.memory import largest_fitting
@@ -117,7 +118,7 @@ with open_context("cpu") as context:
     state = torch.get_rng_state()
     best = largest_fitting([1, 2, 4, 8, 16], lambda size: size <= (4 if context.rank == 1 else 16), context)
     assert torch.equal(state, torch.get_rng_state())
-    print(f"rank {context.rank} takes {best}", flush=True)
+    sys.stdout.write(f"rank {context.rank} takes {best}\\n")  # in one piece: print writes the line end apart
 """
 
 
