@@ -153,7 +153,10 @@ def finish(process: subprocess.Popen[str], *, timeout: float = 240) -> Ended:
         stdout, stderr = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
+            workers = ranks(process)  # each leads a session of its own
             os.killpg(process.pid, signal.SIGKILL)
+            for worker in workers:
+                worker.kill()
     return Ended(returncode=process.returncode, stdout=stdout, stderr=stderr)
 
 
