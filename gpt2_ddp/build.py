@@ -13,7 +13,15 @@ from torch import nn
 from gpt2_ddp import optim, resume
 from gpt2_ddp.compute import choose_numerics, make_reduction, settle_micro_batch, start_model, trainable
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import BatchPlan, TrainData, ValidationData, Windows, require_one_step, require_same_data
+from gpt2_ddp.data import (
+    BatchPlan,
+    TrainData,
+    ValidationData,
+    Windows,
+    fingerprint,
+    require_one_step,
+    require_same_data,
+)
 from gpt2_ddp.distributed import DistContext, release
 from gpt2_ddp.gradients import GradientReduction
 from gpt2_ddp.guard import SpikeGuard
@@ -31,7 +39,7 @@ from gpt2_ddp.model import GPT
 from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware
 from gpt2_ddp.resume import TrainState
 from gpt2_ddp.saver import CheckpointWriter
-from gpt2_ddp.shards import find_shards, fingerprint
+from gpt2_ddp.shards import find_shards
 from gpt2_ddp.stopping import StopRequest
 from gpt2_ddp.tokenizer import tokenizer_files
 from gpt2_ddp.watchdog import Watchdog

@@ -6,11 +6,10 @@ format of llm.c and modded-nanogpt. build-nanogpt's `.npy` files are read too. N
 
 from __future__ import annotations
 
-import hashlib
 import json
+import mmap
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, get_args
@@ -51,8 +50,26 @@ class Shard:
         Raises:
             ValueError: if the file has become shorter since its header was read.
         """
+        return self._map()[1]
+
+    def read(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
+        """The `length` tokens from each of `starts` (n,) on, as (n, length) uint16; nothing stays mapped or open.
+
+        Raises as `open` does. Only the pages that hold them are read, and all at once: left to itself, the kernel reads
+        up to megabytes around each place, and one place after the other.
+        """
+        pages, tokens = self._map()
+        pages.madvise(mmap.MADV_RANDOM)
+        for first in (self.offset + TOKEN_BYTES * starts).tolist():
+            within = first % mmap.PAGESIZE
+            pages.madvise(mmap.MADV_WILLNEED, first - within, within + TOKEN_BYTES * length)
+        return np.stack([tokens[start : start + length] for start in starts.tolist()])
+
+    def _map(self) -> tuple[mmap.mmap, Tokens]:
         try:
-            return np.memmap(self.path, "<u2", "r", self.offset, (self.tokens,)).view(np.ndarray)
+            with open(self.path, "rb", buffering=0) as file:
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return pages, np.frombuffer(pages, "<u2", self.tokens, self.offset)
         except ValueError as error:
             raise ValueError(f"{self.path}: no longer holds its {self.tokens} tokens; prepare it again") from error
 
@@ -112,20 +129,6 @@ def check_tokens(shard: Shard, tokens: npt.NDArray[Any], start: int = 0) -> None
         raise ValueError(f"{shard.path}: {found}, past GPT-2's vocabulary of {VOCAB_SIZE}; prepare it again")
 
 
-def fingerprint(shards: Sequence[Shard]) -> str:
-    """Hex SHA-256 of what the data is: of each shard in order its token count, head, tail and blocks between.
-
-    Wherever the directory lies the answer is the same. The cost per shard is constant.
-    """
-    digest = hashlib.sha256()
-    for shard in shards:
-        tokens = shard.open()
-        digest.update(shard.tokens.to_bytes(8, "little"))
-        for start in np.linspace(0, max(0, shard.tokens - 4096), num=8, dtype=np.int64):
-            digest.update(tokens[start : start + 4096].tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
     """What the manifest says of one shard."""
@@ -182,9 +185,7 @@ def write_manifest(data_dir: Path, manifest: Manifest) -> None:
 
 def header(tokens: int) -> bytes:
     """The first `HEADER_BYTES` bytes of a shard of that many tokens."""
-    fields = np.zeros(HEADER_BYTES // 4, "<i4")
-    fields[:3] = MAGIC, VERSION, tokens
-    return fields.tobytes()
+    return np.array([MAGIC, VERSION, tokens, *[0] * (HEADER_BYTES // 4 - 3)], "<i4").tobytes()
 
 
 def write_shard(path: Path, tokens: Tokens) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from running import ROOT, run
 
+from gpt2_ddp.data import fingerprint
 from gpt2_ddp.shards import (
     Manifest,
     Shard,
     ShardRecord,
     check_tokens,
     find_shards,
-    fingerprint,
     read_manifest,
     write_manifest,
     write_shard,
@@ -203,7 +203,8 @@ def test_the_largest_shard_costs_no_more_than_a_small_one(tmp_path: Path) -> Non
         file.write(shard_bytes(most, tokens=b""))
         file.truncate(1024 + 2 * most)
     code = (
-        "import resource, sys; from pathlib import Path; from gpt2_ddp.shards import find_shards, fingerprint\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from gpt2_ddp.data import fingerprint; from gpt2_ddp.shards import find_shards\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); shards = find_shards(Path(sys.argv[1]), 'train'); fingerprint(shards)\n"
         "print(shards[0].open()[-1], shards[0].tokens, (peak() - before) // 1024)"
