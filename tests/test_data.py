@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import run, write_shards
+from running import write_shards
 
 from gpt2_ddp.data import (
     BatchPlan,
@@ -25,7 +22,7 @@ from gpt2_ddp.data import (
     permute,
     require_one_step,
 )
-from gpt2_ddp.shards import MAGIC, find_shards, write_shard
+from gpt2_ddp.shards import find_shards, write_shard
 
 LENGTH = 8
 
@@ -226,40 +223,3 @@ def test_too_little_data_for_a_step_is_refused(folder: Path) -> None:
     require_one_step(windows, BatchPlan(total_batch_size=38 * LENGTH, **numbers))
     with pytest.raises(ValueError, match="holds 38 training windows of 8 tokens, and one step needs 39"):
         require_one_step(windows, BatchPlan(total_batch_size=39 * LENGTH, **numbers))
-
-
-READ_FAR_AWAY = """
-import json, resource, sys, tracemalloc
-from pathlib import Path
-from gpt2_ddp.data import BatchPlan, TrainData, Windows
-from gpt2_ddp.shards import find_shards
-
-tracemalloc.start()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-windows = Windows(find_shards(Path(sys.argv[1]), "train"), 64)
-plan = BatchPlan(micro_batch_size=4, sequence_length=64, total_batch_size=1024)
-largest = 0
-with TrainData(windows, plan, rank=0, seed=1, pin_memory=False, first_step=15_000) as data:
-    for _ in range(20):
-        largest = max(largest, int(data.next().windows.max()))
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps([len(windows), largest, grown * 1024, tracemalloc.get_traced_memory()[1]]))
-"""
-
-
-def test_nothing_grows_with_the_data(tmp_path: Path) -> None:
-    sizes = {"small": 20_000, "large": 2_000_000_000}
-    peaks = {}
-    for name, tokens in sizes.items():
-        path = tmp_path / name / "train_000000.bin"
-        path.parent.mkdir()
-        path.write_bytes(np.array([MAGIC, 1, tokens] + [0] * 253, "<i4").tobytes())
-        os.truncate(path, 1024 + 2 * tokens)  # a hole: it takes no room on the disk
-        done = run([sys.executable, "-c", READ_FAR_AWAY, str(path.parent)])
-        assert done.returncode == 0, done.stderr
-        windows, largest, resident, traced = json.loads(done.stdout)
-        assert windows == (tokens - 1) // 64
-        assert largest > 0.9 * windows
-        peaks[name] = resident, traced
-    assert peaks["large"][1] < peaks["small"][1] + 500_000
-    assert peaks["large"][0] < peaks["small"][0] + 64 << 20  # whole pages of the file are resident
