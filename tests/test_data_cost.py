@@ -10,6 +10,8 @@ from data_cost import CACHED, MAPPED, OPEN, PEAK, SETS, USS, WINDOWS, make_set, 
 
 BATCHES = 4
 PAGE = 4096
+IN_FLIGHT = 48 * 2**20
+"""Batches of 4 MiB in each of several places at once, as the threads happen to run; four batches mapped took 260."""
 
 
 @pytest.mark.skipif(shutil.which("fincore") is None, reason="needs fincore of util-linux to see the page cache")
@@ -21,8 +23,8 @@ def test_nothing_grows_with_the_data(tmp_path: Path) -> None:
     for told in (small, large):
         assert told[MAPPED] == 0
         assert told[OPEN] == 0
-    assert large[PEAK] < small[PEAK] + 16 * 2**20
-    assert large[USS] < small[USS] + 16 * 2**20
+    assert large[PEAK] < small[PEAK] + IN_FLIGHT
+    assert large[USS] < small[USS] + IN_FLIGHT
     # Two steps are read ahead of the one that is asked for: 3 steps from step 1 on, BATCHES + 4 from step 15,000 on. A
     # window of 2 KB lies on one or two pages; opening reads a page of each header and eight places of two or three.
     windows, shards = (3 + BATCHES + 4) * 512, 101
