@@ -103,7 +103,6 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
-    watchdog = held.enter_context(Watchdog(context, config.timeout))
     context.from_main(lambda: hold_directory(config.out_dir, held))
     found = context.from_main(lambda: resume.find_resume(config, sources.fingerprint))
     allow_tf32()
@@ -134,7 +133,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         log=log,
         writer=open_writer(config, context),
         stop=stop,
-        watchdog=watchdog,
+        watchdog=Watchdog(context, config.timeout),
         state=state,
         tokenizer=tokenizer_files() if context.is_main else {},
     )

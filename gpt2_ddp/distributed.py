@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 START_TIMEOUT = timedelta(minutes=30)
 """Until the first step is done: compilers, cold file systems and slow nodes take their time."""
+CONNECT_TIMEOUT = timedelta(minutes=2)
+"""To reach torchrun's store, which is up before a rank starts: where it is not, torchrun has died."""
 
 
 @dataclass
@@ -209,7 +211,10 @@ def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
     if context.world_size == 1:
         yield context
         return
-    shared, rank, world_size = next(rendezvous("env://", timeout=START_TIMEOUT))
+    torchrun_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    connect_timeout = CONNECT_TIMEOUT if torchrun_has_store else START_TIMEOUT
+    shared, rank, world_size = next(rendezvous("env://", timeout=connect_timeout))
+    shared.set_timeout(START_TIMEOUT)
     prefix = fresh_prefix(shared, rank, world_size)
     store = dist.PrefixStore(prefix, shared)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

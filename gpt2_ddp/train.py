@@ -34,6 +34,7 @@ from gpt2_ddp.events import (
 )
 from gpt2_ddp.guard import require_equal_ranks
 from gpt2_ddp.stopping import StopRequest
+from gpt2_ddp.watchdog import leaving_with_torchrun
 
 
 def train(run: Run) -> str:
@@ -139,7 +140,7 @@ def finish(run: Run, outcome: str) -> None:
 def run_training(config: TrainConfig) -> int:
     """Everything between the command line and the exit status."""
     stop = StopRequest(config.out_dir)
-    with open_context(config.device) as context, ExitStack() as held:
+    with leaving_with_torchrun(), open_context(config.device) as context, ExitStack() as held:
         run = build_run(config, context, stop, held)
         try:
             if run.state.step >= config.max_steps:

@@ -1,4 +1,4 @@
-"""Ranks that hang: notices that no rank gets on, names those that the others wait for, and ends the process."""
+"""Ends a rank that would wait for ever: for ranks that hang, which it names, or for a torchrun that has died."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.distributed import is_torchelastic_launched
@@ -21,11 +22,30 @@ SILENCE_SECONDS = 60.0
 """A rank from which nothing at all is heard for so long is given up, however long a step may take."""
 
 
+@contextmanager
+def leaving_with_torchrun() -> Iterator[None]:
+    """Inside, a rank ends when torchrun does, however suddenly.
+
+    Nobody would restart or stop it any more, and the next start needs what it holds.
+    """
+    ended, torchrun = threading.Event(), os.getppid()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            if os.getppid() != torchrun:
+                tell("error: torchrun has died: ending too")
+                os._exit(1)
+
+    if is_torchelastic_launched():
+        threading.Thread(target=watch, name="torchrun", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 class Watchdog(threading.Thread):
     """Ends this process when no rank gets on any more, after naming the ranks that hold up the others.
-
-    Also, from its start on, when torchrun has died: nobody would restart or stop this rank any more, and the next start
-    needs the run directory that it holds.
 
     Every rank publishes how often it has got on (`beats`) and that it lives at all (`ticks`). A rank whose ticks stand
     still is stopped or gone; else the ones with the fewest beats are those that the others wait for.
@@ -36,33 +56,19 @@ class Watchdog(threading.Thread):
         super().__init__(name="watchdog", daemon=True)
         self._context, self._timeout, self._silence = context, timeout, min(timeout, SILENCE_SECONDS)
         self._ticks = 0
-        self._torchrun = os.getppid() if is_torchelastic_launched() else None
-        self._judging = threading.Event()
         self._ended = threading.Event()
 
-    def __enter__(self) -> Watchdog:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.dismiss()
-
     def watch(self) -> None:
-        """From now on, after the first step, the ranks are expected to get on."""
-        if self._context.store is not None and not self._judging.is_set():
-            self._judging.set()
+        """Begin, unless that has been done or there is nobody to watch."""
+        if self._context.store is not None and not self.is_alive() and not self._ended.is_set():
             self._context.shorten_timeouts(self._timeout + 30)  # later than this thread, which can name who is late
             self._publish()  # here, so that a rank that stops at once is known to the others
+            self.start()
 
     def run(self) -> None:
         recent: deque[list[dict[str, Any]]] = deque(maxlen=6)
         beats, since = [-1], time.monotonic()
         while not self._ended.wait(min(1.0, self._timeout / 10)):
-            if self._torchrun not in (None, os.getppid()):
-                tell("error: torchrun has died: ending too")
-                os._exit(1)
-            if not self._judging.is_set():
-                continue
             try:
                 self._publish()
                 look = self._look()

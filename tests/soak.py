@@ -60,6 +60,11 @@ class Start:
     out_dir: Path
     trainer: warm.Trainer | None = None
     torchrun: Any = None
+    began_at: int = field(init=False)
+    """How many steps were logged before."""
+
+    def __post_init__(self) -> None:
+        self.began_at = steps(self.out_dir)
 
     @property
     def pid(self) -> int:
@@ -165,8 +170,8 @@ class Soak:
             time.sleep(0.1)
 
     def freeze_rank(self, running: Start) -> None:
-        if steps(running.out_dir) < 2:
-            raise ProcessLookupError  # before the first step a rank may take half an hour
+        if steps(running.out_dir) <= running.began_at:
+            raise ProcessLookupError  # before its first step a rank may take half an hour
         os.kill(self.one_rank(running), signal.SIGSTOP)
 
     def damage(self, out_dir: Path) -> None:
