@@ -96,7 +96,7 @@ def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
     if manifest:
         _compare({shard.path.name: shard.tokens for shard in shards}, manifest, split, data_dir)
     if not shards:
-        raise ValueError(f"no {split} shard in {data_dir}, only {len(paths)} of the other split")
+        raise ValueError(f"no {split} shard in {data_dir}: prepare it again (validation is left out by --val-every 0)")
     return shards
 
 
