@@ -9,42 +9,25 @@ rung's time is the median of all its steps. All rungs see the same tokens and st
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
 from gpt2_ddp import cli
-from gpt2_ddp.distributed import DistContext, choose_device, grad_sync, open_context
-from gpt2_ddp.model import GPT, CausalSelfAttention, GPTConfig, model_config
-from gpt2_ddp.optim import apply_update, parameter_groups
-from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, peak_flops
-from gpt2_ddp.tokenizer import VOCAB_SIZE
-
-LEARNING_RATE = 6e-4
+from gpt2_ddp.distributed import DistContext, choose_device, open_context
+from gpt2_ddp.ladder import Measured, Shapes, ladder, measure
+from gpt2_ddp.precision import found_hardware
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Bench(Shapes):
     """Measure the ladder; under torchrun, how the fastest rung scales from one rank to all."""
 
-    model: str = "gpt2"
-    """The model's size."""
-    sequence_length: int = 1024
-    """Tokens in a sequence."""
-    micro_batch_size: int = 4
-    """Sequences computed at once."""
-    total_batch_size: int = 32768
-    """Tokens in a step on each rank."""
-    steps: int = 2
-    """Timed steps a round, after one that is not timed."""
     repeats: int = 3
     """Rounds over all rungs."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
@@ -57,151 +40,9 @@ class Bench:
     """Measure this rung alone, in this process, and print it as JSON."""
 
     def __post_init__(self) -> None:
-        tokens = self.micro_batch_size * self.sequence_length
-        if min(tokens, self.steps, self.repeats) < 1 or self.total_batch_size % max(tokens, 1):
-            raise ValueError(
-                f"--total-batch-size {self.total_batch_size} must be a multiple of the {tokens} tokens of a "
-                "micro-batch, and --steps and --repeats at least 1"
-            )
-        if self.sequence_length > model_config(self.model).block_size:
-            raise ValueError(f"--sequence-length {self.sequence_length} is past the model's block size")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rung:
-    """How a step is computed; each rung of the ladder changes one thing of the one before."""
-
-    name: str
-    tf32: bool = False
-    mixed: bool = False
-    fused_attention: bool = False
-    padded_vocabulary: bool = False
-    compiled: bool = False
-    fused_optimizer: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A rung's numbers. `speedup` is the first rung's time over this one's; `loss` that of the first step."""
-
-    name: str
-    ms_per_step: float
-    tokens_per_sec: float
-    speedup: float
-    peak_memory_mb: float
-    mfu: float | None
-    loss: float
-
-
-def ladder(device: torch.device) -> list[Rung]:
-    """The rungs that this kind of device has."""
-    changes: list[tuple[str, str]] = [
-        ("autocast", "mixed"),
-        ("fused attention", "fused_attention"),
-        ("padded vocabulary", "padded_vocabulary"),
-        ("torch.compile", "compiled"),
-        ("fused AdamW", "fused_optimizer"),
-    ]
-    if device.type == "cuda":
-        changes.insert(0, ("TF32", "tf32"))
-    rungs = [Rung(name="float32")]
-    for name, field in changes:
-        rungs.append(replace(rungs[-1], name=f"+ {name}", **{field: True}))
-    return rungs
-
-
-class ExplicitAttention(CausalSelfAttention):
-    """Attention with its matrix of weights written out, (B, n_head, T, T)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.c_attn(x).view(batch, length, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(width // self.n_head)
-        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
-        return self.c_proj((weights @ v).transpose(1, 2).reshape(batch, length, width))
-
-
-def measure(bench: Bench, rung: Rung, context: DistContext) -> tuple[list[float], Measured]:
-    """The seconds of each timed step, and the rung's numbers without a `speedup`."""
-    device = context.device
-    if rung.tf32:
-        allow_tf32()
-    dtype = choose_dtype("auto" if rung.mixed else "float32", found_hardware(device))[0]
-    precision = Precision.of(dtype, device)
-    config = bench_config(bench, rung)
-    weights = GPT(model_config(bench.model)).init_weights(0).state_dict()
-    model = GPT(config)  # the same weights for both vocabulary sizes, so that their losses can be compared
-    model.load_state_dict(weights | {"wte.weight": weights["wte.weight"][: config.vocab_size]})
-    if not rung.fused_attention:
-        for block in model.h:
-            block.attn.__class__ = ExplicitAttention
-    model.to(device)
-    train_model: nn.Module = torch.compile(model) if rung.compiled else model  # type: ignore[assignment]
-    train_model = context.wrap(train_model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, fused=rung.fused_optimizer)
-    shape = (-1, bench.micro_batch_size, bench.sequence_length)
-    generator = torch.Generator().manual_seed(context.rank)
-    tokens = torch.randint(VOCAB_SIZE, (bench.total_batch_size,), generator=generator).view(shape).to(device)
-    seconds, losses = list[float](), list[float]()
-    for _ in range(1 + bench.steps):
-        start = time.perf_counter()
-        losses.append(float(step(train_model, optimizer, precision, tokens)))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[1:])
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
-    return seconds[1:], summed_up(bench, rung, median, peak_memory=peak, loss=losses[0], dtype=dtype, device=device)
-
-
-def bench_config(bench: Bench, rung: Rung) -> GPTConfig:
-    return replace(model_config(bench.model), **({} if rung.padded_vocabulary else {"vocab_size": VOCAB_SIZE}))
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, tokens: Tensor) -> Tensor:
-    """One update on `tokens` (micro-steps, B, T), each predicting itself shifted by one; the mean loss."""
-    total = torch.zeros((), device=tokens.device)
-    for number, ids in enumerate(tokens, start=1):
-        with grad_sync(model, sync=number == len(tokens)):
-            with precision.autocast():
-                loss = model(ids, ids.roll(-1, dims=1)) / len(tokens)
-            precision.scaler.scale(loss).backward()
-        total += loss.detach()
-    if optimizer.defaults["fused"]:
-        apply_update(optimizer, precision.scaler, loss=total, grad_clip=1.0)
-    else:
-        precision.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-    return total
-
-
-def peak_resident() -> int:
-    """The most main memory that this process has held, in bytes."""
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def summed_up(
-    bench: Bench, rung: Rung, seconds: float, *, peak_memory: int, loss: float, dtype: torch.dtype, device: torch.device
-) -> Measured:
-    rate = bench.total_batch_size / seconds
-    peak = peak_flops(found_hardware(device), dtype)
-    flops = bench_config(bench, rung).flops_per_token(bench.sequence_length)
-    return Measured(
-        name=rung.name,
-        ms_per_step=round(seconds * 1000, 2),
-        tokens_per_sec=round(rate, 2),
-        speedup=1.0,
-        peak_memory_mb=round(peak_memory / 2**20, 1),
-        mfu=round(rate * flops / peak, 4) if peak else None,
-        loss=loss,
-    )
+        super().__post_init__()
+        if self.repeats < 1:
+            raise ValueError("--repeats must be at least 1")
 
 
 def climb(bench: Bench, device: torch.device) -> list[Measured]:

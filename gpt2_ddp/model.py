@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt2_ddp.kernels import causal_attention, head_loss
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
@@ -66,6 +68,8 @@ def model_config(name: str, *, dropout: float = 0.0) -> GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
+    attend = staticmethod(causal_attention)
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
@@ -78,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(batch, length, 3, self.n_head, width // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head width)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        y = self.attend(q, k, v, dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
         return F.dropout(y, dropout)
 
@@ -163,7 +167,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) of ids (B, T) or, with targets (B, T), the mean loss in nats, a float32 scalar."""
-        logits = self.logits(self.features(ids))
+        features = self.features(ids)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return self.logits(features)
+        return head_loss(features.flatten(0, 1), self.wte.weight, targets.flatten())

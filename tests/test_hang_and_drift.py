@@ -48,6 +48,16 @@ def test_a_rank_that_others_wait_for_is_named(data_dir: Path, tmp_path: Path) ->
     assert faults(checkpoint(tmp_path / "run", 4)) == []
 
 
+def test_ranks_end_with_their_torchrun(data_dir: Path, tmp_path: Path) -> None:
+    """However it was ended: ranks that nobody stops would keep the run directory, and the GPUs."""
+    running = warm.start_ranks(2, tmp_path / "run", data_dir, faults={"hold": {"where": "step", "step": 2, "rank": 1}})
+    wait_until(lambda: (tmp_path / "run" / "held").exists())
+    workers = warm.ranks(running)
+    running.kill()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert warm.finish(running).stderr.count("error: torchrun has died: ending too\n") == 2
+
+
 def test_one_flipped_bit_is_found_before_the_next_save(data_dir: Path, tmp_path: Path) -> None:
     name = "h.1.mlp.c_fc.weight"
     flipped = {"flip_bit": {"step": 6, "rank": 2, "tensor": name}}

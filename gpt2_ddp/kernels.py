@@ -1,0 +1,134 @@
+"""The two places where plain operations waste most: the head with its loss, and attention in bfloat16 on a CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+HEAD_ROWS = {"cpu": 1024, "cuda": 4096}
+"""Positions whose logits exist at a time in training; adding up the head's gradient costs more the fewer they are."""
+QUERY_ROWS = 256
+"""Queries whose attention weights exist at a time. Fewer leave out more of the masked half, but make small matmuls."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Softmax attention of each position to itself and those before: q, k, v (B, n_head, T, head width) -> the same.
+
+    PyTorch's own everywhere but in bfloat16 on a CPU, where its backward pass is far slower than the matmuls in it.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout:
+        y: Tensor = BlockAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return y
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Exact attention, a block of queries at a time; the backward pass computes the weights again.
+
+    A product of bfloat16 matrices is rounded to bfloat16, which for scores far from zero would be coarse. They are
+    therefore computed twice: first for the greatest of each row, then with that subtracted inside the product, by one
+    more column in q and k, so that the weights that count have scores near zero. The result is then as good as that of
+    PyTorch's kernel, which keeps scores in float32 (tests/test_kernels.py).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        width = q.shape[-1]
+        q, v = q * (1 / math.sqrt(width)), v.contiguous()
+        keys = torch.cat((k, torch.ones_like(k[..., :1])), -1)
+        outputs, queries = [], []
+        for start, end in blocks(q):
+            block = q[:, :, start:end]
+            greatest = masked_scores(block, keys[:, :, :end, :width], start).amax(-1, keepdim=True)
+            queries.append(torch.cat((block, -greatest), -1))
+            weights = masked_scores(queries[-1], keys[:, :, :end], start).softmax(-1)
+            outputs.append(weights @ v[:, :, :end])
+        ctx.save_for_backward(torch.cat(queries, 2), keys, v)
+        return torch.cat(outputs, 2)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, v = ctx.saved_tensors
+        width = v.shape[-1]
+        upstream = upstream.contiguous()
+        dq, dk, dv = [], torch.zeros_like(v, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for start, end in blocks(queries):
+            block, dy = queries[:, :, start:end], upstream[:, :, start:end]
+            weights = masked_scores(block, keys[:, :, :end], start).softmax(-1)
+            dv[:, :, :end] += weights.transpose(-1, -2) @ dy
+            dweights = dy @ v[:, :, :end].transpose(-1, -2)
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dq.append(dscores @ keys[:, :, :end, :width])
+            dk[:, :, :end] += dscores.transpose(-1, -2) @ block[..., :width]
+        return torch.cat(dq, 2) * (1 / math.sqrt(width)), dk.to(v.dtype), dv.to(v.dtype)
+
+
+def blocks(q: Tensor) -> list[tuple[int, int]]:
+    """Where each block of queries begins and ends."""
+    length = q.shape[2]
+    return [(start, min(start + QUERY_ROWS, length)) for start in range(0, length, QUERY_ROWS)]
+
+
+def masked_scores(q: Tensor, keys: Tensor, start: int) -> Tensor:
+    """q times keys, minus infinity where the key comes after the query; q begins at position `start`, keys at 0."""
+    scores = q @ keys.transpose(-1, -2)
+    future = torch.full((q.shape[2], q.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores[..., start:] += future
+    return scores
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What a matmul of `tensor` computes in here: autocast's dtype where that is on, else its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def head_loss(features: Tensor, weight: Tensor, targets: Tensor, rows: int | None = None) -> Tensor:
+    """Mean cross-entropy in nats of the head's logits, a float32 scalar.
+
+    features (N, n_embd), weight (vocab_size, n_embd), targets (N,) int64. Logits of `rows` positions exist at a time,
+    by default as many as keep the device's matmuls busy.
+    """
+    rows = rows or HEAD_ROWS.get(features.device.type, HEAD_ROWS["cpu"])
+    loss: Tensor = HeadLoss.apply(features, weight, targets, rows)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the tied head, over chunks of rows, so that the logits never exist all at once.
+
+    The gradients are computed with the loss, while a chunk's logits are there: computing those again in the backward
+    pass would cost another matmul. The idea is that of Liger's fused linear cross-entropy (Hsu et al. 2024,
+    arXiv:2410.10989), in plain PyTorch operations, which `torch.compile` fuses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        dtype = autocast_dtype(features)
+        lowered = weight.to(dtype)
+        total = features.new_zeros((), dtype=torch.float32)
+        gradients, weight_gradient = [], None
+        for x, target in zip(torch.split(features.to(dtype), rows), torch.split(targets[:, None], rows), strict=True):
+            logits = x @ lowered.t()
+            log_sum = logits.float().logsumexp(-1, keepdim=True)
+            log_probability = logits.gather(-1, target).float() - log_sum
+            total = total - log_probability.sum()
+            if any(ctx.needs_input_grad):
+                gradient = (logits.float() - log_sum).exp().to(dtype)
+                gradient.scatter_(-1, target, log_probability.expm1().to(dtype))
+                gradients.append(gradient @ lowered)
+                part = (gradient.t() @ x).to(weight.dtype)
+                weight_gradient = part if weight_gradient is None else weight_gradient.add_(part)
+        if weight_gradient is not None:
+            ctx.save_for_backward(torch.cat(gradients), weight_gradient)
+        return total / len(features)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        features_gradient, weight_gradient = ctx.saved_tensors
+        scale = upstream / len(features_gradient)
+        return features_gradient.to(scale.dtype) * scale, weight_gradient * scale, None, None
