@@ -1,4 +1,7 @@
-"""A real SLURM of two one-CPU nodes on this host, whole in one directory: munged, slurmctld and two slurmds."""
+"""A real SLURM of two one-CPU nodes on this host, whole in one directory: munged, slurmctld and two slurmds.
+
+A job in the partition `urgent` preempts those in `all`, which have a grace period.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +120,10 @@ MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 ReturnToService=2
 KillWait=30
-{nodes}PartitionName=all Nodes={",".join(node_ports)} Default=YES MaxTime=INFINITE State=UP
+{nodes}PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes={",".join(node_ports)} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes={",".join(node_ports)} MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -141,7 +147,7 @@ def wait_until_idle(cluster: SlurmCluster) -> None:
     shown = ""
     while time.monotonic() < deadline:
         done = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format=%T"],
+            ["sinfo", "--noheader", "--Node", "--partition=all", "--format=%T"],
             env=dict(cluster.environment),
             capture_output=True,
             text=True,

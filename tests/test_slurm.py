@@ -27,10 +27,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def submit(cluster: SlurmCluster, tmp_path: Path, data_dir: Path) -> Callable[..., str]:
     """Submits the trainer on both nodes, into `tmp_path`/run; gives the job's id."""
 
-    def submitted(*flags: str) -> str:
+    def submitted(*flags: str, time: str = "60") -> str:
         small = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
         places = ["--out-dir", tmp_path / "run", "--data-dir", data_dir]
-        own = ["--nodes=2", "--cpus-per-task=1", f"--output={tmp_path}/log"]
+        own = ["--nodes=2", "--cpus-per-task=1", f"--output={tmp_path}/log", f"--time={time}"]
         command = ["sbatch", "--parsable", *own, ROOT / "launch" / "slurm.sbatch", *small, *places, *flags]
         return cluster.run(*command, cwd=ROOT)
 
@@ -84,6 +84,35 @@ def test_warned_it_saves_is_requeued_and_ends_at_the_clean_weights(
     assert [entry["step"] for entry in metrics(run)] == list(range(1, 81))
     assert status(run)["state"] == "finished"
     assert final_hashes(run) == final_hashes(clean_run(*FLAGS, nproc=2))
+
+
+def check_requeued(cluster: SlurmCluster, job_id: str, folder: Path) -> None:
+    """The job stopped with a checkpoint, goes on from it by itself, and is not queued again when asked to stop."""
+    wait_for_state(cluster, job_id, "PENDING", folder)
+    stopped = status(folder / "run")
+    assert (stopped["state"], checkpoint(folder / "run").name) == ("stopped", f"step_{stopped['step']:08d}")
+    wait_until(lambda: steps(folder / "run") > stopped["step"], timeout=300)
+    assert [entry["step"] for entry in metrics(folder / "run", "start")] == [0, stopped["step"]]
+    (folder / "run" / "stop").touch()
+    assert wait_for_state(cluster, job_id, "COMPLETED", folder)["Restarts"] == "1"
+
+
+@pytest.mark.slow
+def test_at_the_time_limit_it_is_requeued(cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path) -> None:
+    """SLURM itself sends the signal of the script's own --signal line."""
+    job_id = submit("--max-steps", "100000", "--checkpoint-every", "0", time="3")
+    wait_until(lambda: steps(tmp_path / "run") > 5, timeout=300)
+    check_requeued(cluster, job_id, tmp_path)
+
+
+@pytest.mark.slow
+def test_preempted_it_is_requeued(cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path) -> None:
+    """The ranks are sent SIGTERM and the script nothing, as by `scancel`; but the job has to come back."""
+    job_id = submit("--max-steps", "100000", "--checkpoint-every", "0")
+    wait_until(lambda: steps(tmp_path / "run") > 5, timeout=300)
+    urgent = ["--partition=urgent", "--nodes=2", f"--output={tmp_path}/urgent", "--wrap=sleep 1"]
+    cluster.run("sbatch", *urgent, cwd=tmp_path)
+    check_requeued(cluster, job_id, tmp_path)
 
 
 def test_scancel_leaves_a_checkpoint_of_the_last_step(
