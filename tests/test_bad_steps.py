@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from drivers import warm
-from running import final_hashes, metrics, status
+from running import checkpoint, final_hashes, metrics, status
 
 from gpt2_ddp.checkpoint import faults
 
@@ -63,6 +64,15 @@ def test_so_it_is_where_ranks_sum_in_a_tree(data_dir: Path, tmp_path: Path) -> N
     assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
     warm.train(tmp_path / "out", data_dir, "--reproducible", faults={"leave_out": {"steps": [3, 7]}})
     assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
+
+
+def test_a_resume_takes_up_the_scale_of_the_gradients(data_dir: Path, tmp_path: Path) -> None:
+    """It was halved at step 3; a new scaler would have the scale that it begins with, and count from the resume."""
+    bad = {"non_finite": {"steps": [3], "where": "gradient", "value": math.inf}}
+    for steps in ("5", "12"):
+        warm.train(tmp_path / "run", data_dir, "--dtype", "float16", "--max-steps", steps, faults=bad)
+        scaler = json.loads((checkpoint(tmp_path / "run") / "trainer_state.json").read_text())["scaler"]
+        assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, int(steps) - 3)
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(data_dir: Path, tmp_path: Path) -> None:

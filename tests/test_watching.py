@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
+from safetensors.torch import load_file
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
 """A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""
@@ -63,6 +64,24 @@ def test_any_cadence_gives_the_same_weights(
     for event, every in (("val", val), ("hellaswag", scored), ("sample", sample), ("train", log)):
         due = [step for step in range(1, 7) if every and (step % every == 0 or step == 6)]
         assert counted(tmp_path / "run", event) == dict.fromkeys(due, 1)
+
+
+def test_the_compiled_module_only_trains(unwatched: Path, hellaswag: Path, data_dir: Path, tmp_path: Path) -> None:
+    flags = cadences(hellaswag, val=2, scored=3, sample=2, log=1, save=3)
+    counted_calls = {"watch_compiled": {"listing": str(tmp_path / "calls")}}
+    done = warm.train(tmp_path / "run", data_dir, *flags, "--compile", "on", faults=counted_calls)
+    assert "torch.compile failed" not in done.stderr
+    assert json.loads((tmp_path / "calls").read_text()) == {"train": 6 * 4, "other": 0}
+    saved = [load_file(checkpoint(path) / "model.safetensors").keys() for path in (tmp_path / "run", unwatched)]
+    assert saved[0] == saved[1]
+
+
+def test_the_device_is_waited_for_in_logged_steps_alone(data_dir: Path, tmp_path: Path) -> None:
+    """On a GPU each such read is a halt. In float16, since a `GradScaler` has the most to ask."""
+    reads = {"watch_reads": {"listing": str(tmp_path / "reads")}}
+    flags = ("--log-every", "5", "--checkpoint-every", "0", "--dtype", "float16")
+    warm.train(tmp_path / "run", data_dir, *flags, faults=reads)
+    assert json.loads((tmp_path / "reads").read_text()) == [5, 10, 12]
 
 
 def test_after_restarts_no_line_is_twice_or_missing(

@@ -1,9 +1,9 @@
 """The trainer with things going wrong: `python tests/drivers/trainer.py [trainer flags]`, also under torchrun.
 
-The environment variable FAULTS holds a JSON object: names of functions in faults.py and their arguments. The trainer
-has one more model, `gpt2-tiny`, whose steps take milliseconds. With `--serve` the process reads requests on its
-standard input and forks a trainer for each: a real process with an exit status and signals, without the seconds that
-importing torch takes.
+The environment variable FAULTS holds a JSON object: names of functions in faults.py or watchers.py and their arguments.
+The trainer has one more model, `gpt2-tiny`, whose steps take milliseconds. With `--serve` the process reads requests on
+its standard input and forks a trainer for each: a real process with an exit status and signals, without the seconds
+that importing torch takes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch._dynamo  # noqa: F401  so that forked trainers, which need it, have it
 from drivers.faults import FAULTS
+from drivers.watchers import WATCHERS
 
 from gpt2_ddp import build, cli, train
 from gpt2_ddp.model import SIZES, GPTConfig
@@ -33,7 +34,7 @@ def run(argv: list[str], faults: dict[str, Any]) -> None:
     sys.argv = ["gpt2_ddp.train", *argv]
     SIZES["gpt2-tiny"] = TINY
     for name, arguments in faults.items():
-        FAULTS[name](**arguments)
+        (FAULTS | WATCHERS)[name](**arguments)
     cli.run(train.main)
 
 
