@@ -66,6 +66,10 @@ def test_a_save_killed_at_every_operation_leaves_a_good_checkpoint(clean: Path) 
     ]
     assert all(death["same"] and death["said"] == [] for death in deaths)
     assert {tuple(death["left"]) for death in deaths} == {("step_00000012",)}
+    flushed = [name for death in deaths[:renamed] for kind, name in [death["operation"].split()] if kind == "fsync"]
+    assert flushed == [*sorted(path.name for path in (clean / "checkpoints" / "step_00000008").iterdir()
+                               if path.name != "manifest.json"), "manifest.json", "step_00000008.tmp"]  # fmt: skip
+    assert "fsync checkpoints" in [death["operation"] for death in deaths[renamed + 1 :][:3]]
     kinds = {death["operation"].split()[0] for death in deaths}
     assert kinds == {"open", "write", "flush", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"}
 

@@ -49,7 +49,8 @@ class Disk:
 
     def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
-            self.count(f"{name} {Path(str(args[0])).name}")
+            file = f"/proc/self/fd/{args[0]}" if isinstance(args[0], int) else str(args[0])
+            self.count(f"{name} {Path(os.path.realpath(file)).name}")
             return original(*args, **kwargs)
 
         return operation
