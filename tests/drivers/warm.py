@@ -144,7 +144,10 @@ def ranks(agent: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def finish(process: subprocess.Popen[str], *, timeout: float = 240) -> Ended:
