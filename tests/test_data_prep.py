@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +26,8 @@ from running import run, sha256, tree
 
 from data_prep.files import Files
 from data_prep.prepare import Settings
+from gpt2_ddp.build import open_sources, plan_batches
+from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.shards import find_shards
 
 
@@ -61,6 +65,8 @@ def test_demo_is_the_language_reference_by_topic(tmp_path: Path) -> None:
     assert split_tokens(tmp_path, "val") == expected_tokens(texts[:in_val])
     assert split_tokens(tmp_path, "train") == expected_tokens(texts[in_val:])
     assert f"python train_gpt2.py --data-dir {tmp_path}" in done.stdout
+    config = TrainConfig(data_dir=tmp_path)  # whose other defaults are right for it
+    assert open_sources(config, plan_batches(config, world_size=8)).validation
     assert "tokens/s" in done.stderr
     for record in manifest(tmp_path)["shards"]:
         assert sha256(tmp_path / record["name"]) == record["sha256"]
@@ -93,7 +99,8 @@ def test_no_text_is_in_both_splits(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "texts.jsonl", texts)
     for number, flags in enumerate((("--val-fraction", 0.3), ("--val-tokens", 20_000))):
         out = tmp_path / str(number)
-        prepare("text", tmp_path / "texts.jsonl", "--out", out, "--shard-tokens", 50_000, *flags)
+        done = prepare("text", tmp_path / "texts.jsonl", "--out", out, "--shard-tokens", 50_000, *flags)
+        assert f"{min(psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))} process" in done.stderr
         train, val = texts_of(out, "train"), texts_of(out, "val")
         assert sorted(train + val) == sorted(texts)
         assert not set(train) & set(val)

@@ -134,6 +134,7 @@ import sys
 import torch
 import torch.distributed as dist
 from gpt2_ddp.distributed import open_context
+from gpt2_ddp.watchdog import Watchdog
 
 def raised(make, kind):
     try:
@@ -193,6 +194,12 @@ with open_context("cpu") as context:
     ddp = context.wrap(torch.nn.Linear(2, 2))
     assert type(ddp).__name__ == "DistributedDataParallel"
     assert ddp.gradient_as_bucket_view and not ddp.static_graph
+
+    def patience():
+        return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    assert patience() == 1800
+    Watchdog(context, 5.0).watch()  # as after the first step
+    assert patience() == 35
 assert not dist.is_initialized()
 sys.stdout.write(f"rank {rank} is through\\n")  # in one piece: print writes the line end apart
 """

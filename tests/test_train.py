@@ -31,6 +31,8 @@ from running import (
 from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.hellaswag import evaluate, read_examples
 from gpt2_ddp.pretrained import load_model
 
 CleanRun = Callable[..., Path]
@@ -65,6 +67,7 @@ def test_any_number_of_ranks_is_the_same_run(clean_run: CleanRun, nproc: int, fl
     assert column(other, "data_hash") == column(alone, "data_hash")
     assert len(set(column(alone, "data_hash"))) == 20
     assert column(other, "loss") == pytest.approx(column(alone, "loss"), abs=1e-4)
+    assert column(other, "grad_norm") == pytest.approx(column(alone, "grad_norm"), rel=1e-3)  # of all ranks
     assert column(other, "tokens_seen") == [128 * step for step in range(1, 21)]
     assert column(alone, "loss")[-1] < column(alone, "loss")[0] - 1  # it learns
     plan = json.loads((checkpoint(other) / "trainer_state.json").read_text())["batch"]
@@ -211,7 +214,11 @@ def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path:
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks
     assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
-    assert {e["examples"] for e in metrics(out_dir, "hellaswag")} == {3}
+    scored = evaluate(
+        load_model(checkpoint(out_dir)), read_examples(examples), protocol="completion", context=DistContext()
+    )
+    last = metrics(out_dir, "hellaswag")[-1]
+    assert [last[name] for name in ("acc", "acc_norm", "examples")] == [scored.acc, scored.acc_norm, 3]
     assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
     assert "step 20 | sample: Language is" in done.stdout
     assert list((out_dir / "tensorboard").iterdir())
