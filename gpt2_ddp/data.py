@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from gpt2_ddp.cli import OneRankError, user_error
 from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.shards import Shard, check_tokens
+from gpt2_ddp.shards import OpenShard, Shard, check_tokens
 
 Indices = npt.NDArray[np.int64]
 
 FEISTEL_ROUNDS = 6
+OPEN_SHARDS = 128
+"""Shards that a reader keeps open: there can be more of them than files that a process may open."""
 PREFETCH = 2
 """Steps that are read ahead of the one being computed."""
 
@@ -106,6 +109,7 @@ class Windows:
         counts = [max(0, shard.tokens - 1) // sequence_length for shard in shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._begins = self._ends - counts
+        self._opened = lru_cache(maxsize=OPEN_SHARDS)(lambda number: OpenShard(shards[number]))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -116,16 +120,16 @@ class Windows:
         Raises:
             ValueError: where a token is past the vocabulary, naming the shard.
         """
-        tokens = torch.empty((len(windows), self.sequence_length + 1), dtype=torch.int64)
-        out = tokens.numpy()
         numbers = np.searchsorted(self._ends, windows, side="right")
-        firsts = (windows - self._begins[numbers]) * self.sequence_length
-        for number in np.unique(numbers):
-            shard, rows = self.shards[number], np.flatnonzero(numbers == number)
-            out[rows] = shard.read(firsts[rows], self.sequence_length + 1)
-            for row in rows:
-                check_tokens(shard, out[row], int(firsts[row]))
-        return tokens
+        firsts = ((windows - self._begins[numbers]) * self.sequence_length).tolist()
+        opened = [self._opened(number) for number in numbers.tolist()]
+        tokens = np.empty((len(windows), self.sequence_length + 1), "<u2")
+        for shard, first in zip(opened, firsts, strict=True):
+            shard.expect(first, tokens.shape[1])
+        for shard, first, row in zip(opened, firsts, tokens, strict=True):
+            shard.read(first, row)
+            check_tokens(shard.shard, row, first)
+        return torch.from_numpy(tokens.astype(np.int64))
 
 
 def require_one_step(windows: Windows, plan: BatchPlan) -> None:
@@ -148,8 +152,10 @@ def fingerprint(shards: Sequence[Shard]) -> str:
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(shard.tokens.to_bytes(8, "little"))
-        starts = np.linspace(0, max(0, shard.tokens - 4096), num=8, dtype=np.int64)
-        digest.update(shard.read(starts, min(4096, shard.tokens)).tobytes())
+        opened, block = OpenShard(shard), np.empty(min(4096, shard.tokens), "<u2")
+        for start in np.linspace(0, shard.tokens - len(block), num=8, dtype=np.int64).tolist():
+            opened.read(start, block)
+            digest.update(block.tobytes())
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ format of llm.c and modded-nanogpt. build-nanogpt's `.npy` files are read too. N
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -27,12 +26,12 @@ HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 VOCAB_SIZE = 50257
 """Token ids lie below this: GPT-2's vocabulary."""
-
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1 << 26
 """A longer manifest is refused unread; a shard takes about 130 bytes of it."""
 PART = ".part"
 """Suffix of a file that is not whole."""
+SHRUNK = "{}: no longer holds its {} tokens; prepare it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,34 +49,36 @@ class Shard:
         Raises:
             ValueError: if the file has become shorter since its header was read.
         """
-        return self._map()[1]
-
-    def read(self, starts: npt.NDArray[np.int64], length: int) -> Tokens:
-        """The `length` tokens from each of `starts` (n,) on, as (n, length) uint16; nothing stays mapped or open.
-
-        Raises as `open` does. Only the pages that hold them are read, and all at once: left to itself, the kernel reads
-        up to megabytes around each place, and one place after the other.
-        """
-        pages, tokens = self._map()
-        pages.madvise(mmap.MADV_RANDOM)
-        for first in (self.offset + TOKEN_BYTES * starts).tolist():
-            within = first % mmap.PAGESIZE
-            pages.madvise(mmap.MADV_WILLNEED, first - within, within + TOKEN_BYTES * length)
-        return np.stack([tokens[start : start + length] for start in starts.tolist()])
-
-    def _map(self) -> tuple[mmap.mmap, Tokens]:
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return pages, np.frombuffer(pages, "<u2", self.tokens, self.offset)
+            return np.memmap(self.path, "<u2", "r", self.offset, (self.tokens,)).view(np.ndarray)
         except ValueError as error:
-            raise ValueError(f"{self.path}: no longer holds its {self.tokens} tokens; prepare it again") from error
+            raise ValueError(SHRUNK.format(self.path, self.tokens)) from error
+
+
+class OpenShard:
+    """A shard whose tokens are read here and there; it closes with this object.
+
+    Not through a mapping: its faults read up to megabytes around each place, which then count as the process's memory.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self._file = open(shard.path, "rb", buffering=0)  # noqa: SIM115
+
+    def expect(self, start: int, count: int) -> None:
+        """Let the disk begin with `count` tokens from `start` on, which will be read."""
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            first, size = self.shard.offset + TOKEN_BYTES * start, TOKEN_BYTES * count
+            os.posix_fadvise(self._file.fileno(), first, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, start: int, into: Tokens) -> None:
+        """Fill `into` (n,) with the tokens from `start` on; raises as `Shard.open` does."""
+        if os.preadv(self._file.fileno(), [into.data], self.shard.offset + TOKEN_BYTES * start) < into.nbytes:
+            raise ValueError(SHRUNK.format(self.shard.path, self.shard.tokens))
 
 
 def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
     """The shards of one split, sorted by name: ours, llm.c's `*train*.bin`, build-nanogpt's `*train*.npy`.
-
-    Reads a header a shard, whatever the shards' size.
 
     Raises:
         ValueError: for a missing or empty directory, a shard that is not one, a split without shards, and a

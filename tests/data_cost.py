@@ -40,7 +40,7 @@ WINDOWS = "different windows in them"
 PEAK = "peak above the start (RSS, mapped pages of shards counted), MiB"
 USS = "the process's own memory at the end (USS, they are counted), MiB"
 MAPPED = "of it mapped pages of shards, MiB"
-OPEN = "shards that stay open"
+OPEN = "shards that stay open (128 at most)"
 CACHED = "what the kernel has of the shards in its page cache, MiB"
 
 

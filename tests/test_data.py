@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from running import write_shards
 
 from gpt2_ddp.data import (
+    OPEN_SHARDS,
     BatchPlan,
     TrainData,
     ValidationData,
@@ -123,6 +125,14 @@ def test_windows_are_those_of_the_files_and_never_cross_a_shard(folder: Path) ->
     assert read.tolist() == expected
     backwards = np.arange(len(windows))[::-1]
     assert windows.read(backwards).tolist() == expected[::-1]
+
+
+def test_more_shards_than_may_stay_open(tmp_path: Path) -> None:
+    write_shards(tmp_path, 1, train_tokens=[LENGTH + 1] * (OPEN_SHARDS + 20))
+    windows, back = Windows(find_shards(tmp_path, "train"), LENGTH), np.arange(OPEN_SHARDS + 20)[::-1]
+    assert windows.read(back).tolist() == token_windows(tmp_path, "train")[::-1]
+    held = [entry for entry in psutil.Process().open_files() if Path(entry.path).parent == tmp_path]
+    assert len(held) == OPEN_SHARDS
 
 
 def test_every_window_comes_once_an_epoch(folder: Path) -> None:

@@ -18,6 +18,7 @@ from running import ROOT, run
 from gpt2_ddp.data import fingerprint
 from gpt2_ddp.shards import (
     Manifest,
+    OpenShard,
     Shard,
     ShardRecord,
     check_tokens,
@@ -248,7 +249,12 @@ def test_a_manifest_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
 def test_a_shard_that_shrinks_later_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "train_000000.bin", TOKENS)
     (shard,) = find_shards(tmp_path, "train")
-    os.truncate(shard.path, 2000)
+    opened, row = OpenShard(shard), np.empty(10, np.uint16)
+    opened.read(4990, row)
+    assert row.tolist() == list(range(4990, 5000))
+    os.truncate(shard.path, 1024 + 2 * 4995)
+    with pytest.raises(ValueError, match="no longer holds its 5000 tokens"):
+        opened.read(4990, row)
     with pytest.raises(ValueError, match="no longer holds its 5000 tokens"):
         shard.open()
 
