@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gpt2_ddp import gradients, memory, optim, pretrained, resume
+from gpt2_ddp.allocator import keep_freed_memory
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
@@ -38,6 +39,8 @@ def settle_micro_batch(config: TrainConfig, context: DistContext, precision: Pre
 
 def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:
     """The raw model with the weights to begin with, the same on every rank, and an optimizer over it."""
+    if context.device.type == "cpu":
+        keep_freed_memory()
     model = context.together(lambda: start_weights(config, found, is_main=context.is_main))
     model.load_state_dict(context.broadcast_tensors(dict(model.state_dict()) if context.is_main else None))
     model.to(context.device)
@@ -75,7 +78,7 @@ def choose_numerics(
     numerics: dict[str, object] = {
         "device": hardware.name,
         "dtype": str(dtype),
-        "compile": choose_compile(config.compile, hardware),
+        "compile": compiles(config, hardware),
         "torch": torch.__version__,
         "micro_batch_size": plan.micro_batch_size,
     }
@@ -84,6 +87,12 @@ def choose_numerics(
     gradients.require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
     gradients.use_deterministic_kernels(context.device)
     return numerics
+
+
+def compiles(config: TrainConfig, hardware: Hardware) -> bool:
+    """Whether the training step of this run is compiled; the same at every start, on any number of ranks."""
+    flops = model_config(config.model).flops_per_token(config.sequence_length)
+    return choose_compile(config.compile, hardware, run_flops=flops * config.total_batch_size * config.max_steps)
 
 
 def make_reduction(
@@ -116,7 +125,7 @@ def trainable(
         model.zero_grad(set_to_none=True)
 
     train_model: nn.Module = model
-    if choose_compile(config.compile, hardware):
+    if compiles(config, hardware):
         reason = None
         try:
             train_model = torch.compile(model)  # type: ignore[assignment]

@@ -22,6 +22,9 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 }
 """Dense peak FLOP/s by a part of the device's name, from NVIDIA's data sheets; float32 is TF32 where there is TF32."""
 
+COMPILE_FLOPS = 1e15
+"""Floating-point operations of a run from which compiling pays on a CPU: about half an hour on two cores."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -71,11 +74,16 @@ def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str |
     return DTYPES[requested], None
 
 
-def choose_compile(requested: str, hardware: Hardware) -> bool:
-    """Whether to compile the training step for `--compile {auto,on,off}`; auto does on the GPUs that Triton knows."""
-    if requested == "auto":
-        return (hardware.capability or (0, 0)) >= (7, 0)
-    return requested == "on"
+def choose_compile(requested: str, hardware: Hardware, *, run_flops: float) -> bool:
+    """Whether to compile the training step for `--compile {auto,on,off}`.
+
+    auto does on the GPUs that Triton knows, and on a CPU for a run that is long enough to earn the compilation back.
+    """
+    if requested != "auto":
+        return requested == "on"
+    if hardware.device_type == "cpu":
+        return run_flops > COMPILE_FLOPS
+    return (hardware.capability or (0, 0)) >= (7, 0)
 
 
 def peak_flops(hardware: Hardware, dtype: torch.dtype) -> float | None:

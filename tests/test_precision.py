@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2_ddp.precision import Hardware, Precision, choose_compile, choose_dtype, found_hardware, peak_flops
+from gpt2_ddp.precision import (
+    COMPILE_FLOPS,
+    Hardware,
+    Precision,
+    choose_compile,
+    choose_dtype,
+    found_hardware,
+    peak_flops,
+)
 
 CPU = torch.device("cpu")
 MACHINES = {
@@ -55,8 +63,17 @@ def test_what_is_asked_for_is_obeyed(machine: str) -> None:
     assert choose_dtype("float16", hardware) == (torch.float16, None)
     assert choose_dtype("float32", hardware) == (torch.float32, None)
     assert choose_dtype("bfloat16", hardware)[0] == torch.bfloat16
-    assert choose_compile("on", hardware)
-    assert not choose_compile("off", hardware)
+    assert choose_compile("on", hardware, run_flops=0)
+    assert not choose_compile("off", hardware, run_flops=1e30)
+
+
+@pytest.mark.parametrize("machine", sorted(MACHINES))
+def test_compiling_is_chosen_where_it_pays(machine: str) -> None:
+    hardware = MACHINES[machine]
+    for flops in (COMPILE_FLOPS / 2, COMPILE_FLOPS * 2):
+        knows_triton = hardware.capability is not None and hardware.capability >= (7, 0)
+        long_on_cpu = hardware.device_type == "cpu" and flops > COMPILE_FLOPS
+        assert choose_compile("auto", hardware, run_flops=flops) == (knows_triton or long_on_cpu)
 
 
 @pytest.mark.parametrize("machine", ["A100", "H100", "new CPU"])
