@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -200,6 +201,7 @@ class TrainData:
     ) -> None:
         self.windows, self.plan, self.rank, self.seed, self.pin_memory = windows, plan, rank, seed, pin_memory
         self._next_step = first_step
+        self._waited = 0.0
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: deque[Future[StepBatch]] = deque()
 
@@ -232,12 +234,20 @@ class TrainData:
         while len(self._ahead) <= PREFETCH:
             self._ahead.append(self._reader.submit(self.load, self._next_step))
             self._next_step += 1
+        start = time.perf_counter()
         try:
             return self._ahead.popleft().result()
         except (ValueError, OSError) as error:
             if line := user_error(error):
                 raise OneRankError(line) from error
             raise
+        finally:
+            self._waited += time.perf_counter() - start
+
+    def waited(self) -> float:
+        """Seconds that `next` has waited for the reader since the last call of this."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
 
     def seek(self, step: int) -> None:
         """Go on with the data of `step`; what was read ahead is dropped."""

@@ -101,6 +101,7 @@ def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
             lr=result.lr,
             grad_norm=float(result.grad_norm),
             step_ms=round(seconds * 1000, 3),
+            data_wait_ms=round(run.data.waited() / steps * 1000, 3),
             tokens_per_sec=round(tokens_per_sec, 2),
             mfu=round(flops / (peak * run.context.world_size), 4) if peak else None,
             tokens_seen=state.tokens_seen,

@@ -18,8 +18,9 @@ class StepMetrics:
     """One training step, over all ranks.
 
     `loss` in nats per token; `grad_norm` before clipping; `step_ms` and `tokens_per_sec` without evaluation, sampling
-    and saving; `mfu` a fraction of the devices' peak, None where that is unknown; `memory_mb` the peak in MiB (on CPU
-    what the process holds); `skipped` the updates left out so far because a gradient was not finite.
+    and saving; `data_wait_ms` what rank 0 waited for data in that time; `mfu` a fraction of the devices' peak, None
+    where that is unknown; `memory_mb` the peak in MiB (on CPU what the process holds); `skipped` the updates left out
+    so far because a gradient was not finite.
     """
 
     step: int
@@ -27,6 +28,7 @@ class StepMetrics:
     lr: float
     grad_norm: float
     step_ms: float
+    data_wait_ms: float
     tokens_per_sec: float
     mfu: float | None
     tokens_seen: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,15 @@ def test_seeking_is_iterating(folder: Path) -> None:
         assert one.step == other.step
         assert torch.equal(one.tokens, other.tokens)
         assert one.windows.tolist() == other.windows.tolist()
+
+
+def test_what_was_waited_for_the_reader_is_told_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = TrainData.load
+    monkeypatch.setattr(TrainData, "load", lambda *args: (time.sleep(0.1), load(*args))[1])
+    with train_data(folder) as data:
+        data.next()
+        assert data.waited() >= 0.1
+        assert data.waited() == 0
 
 
 def test_data_hash_is_the_chain_that_the_design_says(folder: Path) -> None:

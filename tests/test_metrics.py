@@ -21,16 +21,16 @@ from gpt2_ddp.metrics import (
 )
 
 TRAIN_FIELDS = [
-    "event", "step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_sec", "mfu", "tokens_seen", "data_hash",
-    "memory_mb", "skipped",
+    "event", "step", "loss", "lr", "grad_norm", "step_ms", "data_wait_ms", "tokens_per_sec", "mfu", "tokens_seen",
+    "data_hash", "memory_mb", "skipped",
 ]  # fmt: skip
 
 
 def step_metrics(step: int = 18, **changed: object) -> StepMetrics:
     values = {
         "step": step, "loss": 8.8689594, "lr": 1.59440559e-05, "grad_norm": 3.53431, "step_ms": 11944.7608,
-        "tokens_per_sec": 2743.296, "mfu": None, "tokens_seen": 589824, "data_hash": "ab", "memory_mb": 512.5,
-        "skipped": 0,
+        "data_wait_ms": 0.05, "tokens_per_sec": 2743.296, "mfu": None, "tokens_seen": 589824, "data_hash": "ab",
+        "memory_mb": 512.5, "skipped": 0,
     }  # fmt: skip
     return StepMetrics(**(values | changed))
 
