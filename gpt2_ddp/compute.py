@@ -127,6 +127,8 @@ def trainable(
     train_model: nn.Module = model
     if compiles(config, hardware):
         reason = None
+        if context.is_main:
+            print("compiling the training step; the first time this takes a minute or more", flush=True)
         try:
             train_model = torch.compile(model)  # type: ignore[assignment]
             warm_up(train_model)
