@@ -1,19 +1,25 @@
-"""What training needs of memory, and the largest micro-batch that fits into what there is."""
+"""What training needs of memory, and the largest micro-batch that fits into what there is.
+
+`python -m gpt2_ddp.memory` prints what the arithmetic says of the usual GPUs; launch/GPUS.md is its output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import psutil
 import torch
 
+from gpt2_ddp import cli
 from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.precision import Precision
+from gpt2_ddp.kernels import HEAD_ROWS
+from gpt2_ddp.model import GPT, SIZES, GPTConfig
+from gpt2_ddp.precision import Hardware, Precision, choose_dtype, peak_flops
 
-USABLE = 0.9
-"""Share of the memory found that is counted on; the rest is for the allocator, the loader and everybody else."""
+USABLE = {"cuda": 0.9, "cpu": 0.5}
+"""Share of the memory found that is counted on; the rest is for the allocator, the loader and everybody else. On a CPU,
+training `gpt2` without compilation held 1.46 times what is reckoned, for `allocator.keep_freed_memory`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +29,19 @@ class TrainingMemory:
     weights: int
     gradients: int
     moments: int
+    lowered: int
+    """The matrices in the dtype of the matmuls."""
     activations: int
-    logits: int
+    head: int
 
     @property
     def fixed(self) -> int:
         """What does not depend on the micro-batch."""
-        return self.weights + self.gradients + self.moments
+        return self.weights + self.gradients + self.moments + self.lowered
 
     @property
     def total(self) -> int:
-        return self.fixed + self.activations + self.logits
+        return self.fixed + self.activations + self.head
 
 
 def parameter_count(config: GPTConfig) -> int:
@@ -44,24 +52,28 @@ def parameter_count(config: GPTConfig) -> int:
 
 
 def training_memory(
-    config: GPTConfig, *, micro_batch_size: int, sequence_length: int, dtype: torch.dtype
+    config: GPTConfig, *, micro_batch_size: int, sequence_length: int, dtype: torch.dtype, device_type: str
 ) -> TrainingMemory:
     """Memory of training with AdamW, float32 weights and autocast to `dtype`, without compilation.
 
     Counted are the tensors that autograd keeps: for each token and block, in units of n_embd, the two norms' inputs in
-    float32, the inputs of the four matmuls, q, k, v and GELU's input; the lowered copies of the matrices; and for each
-    token what the loss holds at its peak: three numbers in float32 for each of the vocabulary.
+    float32, the inputs of the four matmuls, q, k, v and GELU's input; the lowered copies of the matrices; and what
+    `kernels.HeadLoss` holds at its peak: each token's features and their gradient; for each of a chunk's logits two
+    numbers in float32 and one lowered, and where there are several chunks, one more of the chunk before, and two
+    gradients of the head.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
-    mixed = dtype != torch.float32
     per_block = 2 * 4 + width * (2 + 1 + 3 + 4 + 4)
-    lowered = width * 12 * config.n_layer * config.n_embd**2 + width * config.vocab_size * config.n_embd
+    matrix = config.vocab_size * config.n_embd
+    rows = min(tokens, HEAD_ROWS.get(device_type, HEAD_ROWS["cpu"]))
+    before = rows * config.vocab_size * width + 2 * 4 * matrix if rows < tokens else 0
     return TrainingMemory(
-        weights=4 * count + (lowered if mixed else 0),
+        weights=4 * count,
         gradients=4 * count,
         moments=8 * count,
+        lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if dtype != torch.float32 else 0,
         activations=tokens * config.n_layer * config.n_embd * per_block,
-        logits=tokens * config.vocab_size * 3 * 4,
+        head=2 * width * tokens * config.n_embd + rows * config.vocab_size * (2 * 4 + width) + before,
     )
 
 
@@ -73,7 +85,7 @@ def require_fit(config: GPTConfig, device: torch.device) -> None:
     if device.type != "cuda":
         return
     there = torch.cuda.get_device_properties(device).total_memory
-    needed = training_memory(config, micro_batch_size=1, sequence_length=1, dtype=torch.float32)
+    needed = training_memory(config, micro_batch_size=1, sequence_length=1, dtype=torch.float32, device_type="cuda")
     if needed.fixed > there:
         raise ValueError(
             f"{gib(needed.weights)} of weights, {gib(needed.gradients)} of gradients and {gib(needed.moments)} of "
@@ -122,13 +134,20 @@ def largest_fitting(candidates: list[int], fits: Callable[[int], bool], context:
 
 def reckoning(config: GPTConfig, precision: Precision, ranks_here: int, sequence_length: int) -> Callable[[int], bool]:
     """Whether a micro-batch fits into this rank's share of the main memory that is free now."""
-    free = USABLE * psutil.virtual_memory().available / ranks_here
+    share, device_type = psutil.virtual_memory().available // ranks_here, precision.device_type
+    return fits_into(share, config, sequence_length=sequence_length, dtype=precision.dtype, device_type=device_type)
 
-    def fits(micro_batch_size: int) -> bool:
+
+def fits_into(
+    memory: int, config: GPTConfig, *, sequence_length: int, dtype: torch.dtype, device_type: str
+) -> Callable[[int], bool]:
+    """Whether a micro-batch fits into the usable part of `memory` bytes, by `training_memory`."""
+
+    def fits(size: int) -> bool:
         needed = training_memory(
-            config, micro_batch_size=micro_batch_size, sequence_length=sequence_length, dtype=precision.dtype
+            config, micro_batch_size=size, sequence_length=sequence_length, dtype=dtype, device_type=device_type
         )
-        return needed.total < free
+        return needed.total < USABLE.get(device_type, USABLE["cpu"]) * memory
 
     return fits
 
@@ -136,8 +155,10 @@ def reckoning(config: GPTConfig, precision: Precision, ranks_here: int, sequence
 def trial_on_gpu(
     config: GPTConfig, precision: Precision, device: torch.device, sequence_length: int
 ) -> Callable[[int], bool]:
-    """Whether a forward and backward pass of a model like this one succeeds beside the optimizer's moments."""
+    """Whether a forward and backward pass of a model like this one succeeds beside gradients and moments."""
     model = GPT(config).to(device).eval()  # in eval mode dropout draws no random numbers
+    for parameter in model.parameters():  # those of the micro-steps before are there from the start
+        parameter.grad = torch.zeros_like(parameter)
     moments = torch.empty(2 * parameter_count(config), device=device)
 
     def fits(micro_batch_size: int) -> bool:
@@ -147,12 +168,126 @@ def trial_on_gpu(
                 loss = model(ids, ids)
             loss.backward()
             reserved = torch.cuda.max_memory_reserved(device)
-            return reserved < USABLE * torch.cuda.get_device_properties(device).total_memory
+            return reserved < USABLE["cuda"] * torch.cuda.get_device_properties(device).total_memory
         except torch.OutOfMemoryError:
             return False
         finally:
-            model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
 
     fits.moments = moments  # type: ignore[attr-defined]  # as long as the trial lives, so do they
     return fits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A GPU as its data sheet has it; `memory` in bytes."""
+
+    hardware: Hardware
+    memory: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `--dtype auto` takes there."""
+        return choose_dtype("auto", self.hardware)[0]
+
+
+CARDS = tuple(
+    Card(hardware=Hardware(device_type="cuda", name=f"{name} {size} GB", capability=capability), memory=size * 10**9)
+    for name, size, capability in (("T4", 16, (7, 5)), ("A100", 40, (8, 0)), ("A100", 80, (8, 0)), ("H100", 80, (9, 0)))
+)
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+PAGE = """\
+# GPUs, on paper
+
+Printed by `python -m gpt2_ddp.memory`. Nothing here was measured on a GPU: it is the arithmetic by which the trainer
+reckons its `mfu` and what fits, which the tests compare with counted operations and measured memory on a CPU.
+
+For {length} tokens a sequence, float32 weights, AdamW, and matmuls in the two-byte format that `--dtype auto` takes.
+GB are 10^9 bytes, GiB 2^30.
+
+## Operations and traffic
+
+GFLOP a token: forward and backward, matmuls only, attention in full. All-reduce: the gradients that DDP sums once a
+step, whatever the micro-batch; in a ring of n GPUs each one sends and receives 2 (n - 1) / n times as much. AdamW: what
+it reads (weights, gradients, two moments) and writes (weights, two moments) once a step.
+
+{work}
+
+## Memory of one GPU by micro-batch, GiB
+
+Fixed: weights, gradients, moments, and the weights in the dtype of the matmuls. The rest grows with the micro-batch.
+Counted is what PyTorch keeps without `torch.compile`; the CUDA context and the allocator's unused parts come on top.
+
+{memory}
+
+## The largest power of two that fits
+
+Up to {most}, into {usable} of the memory on the card's data sheet. A dash: not one sequence fits. Peak: what `mfu` is a
+share of, dense matmuls in that format by the data sheet.
+
+{fitting}
+"""
+
+
+def gpu_page(sequence_length: int = 1024) -> str:
+    """What GPT-2 needs of the usual GPUs, on paper, for sequences of that many tokens: the page launch/GPUS.md."""
+    length = sequence_length
+    return PAGE.format(
+        length=length,
+        usable=f"{USABLE['cuda']:.0%}",
+        most=MICRO_BATCHES[-1],
+        work=table(
+            ["", "parameters", "GFLOP a token", "all-reduce, GB", "AdamW, GB"],
+            ([name, *work(SIZES[name], length)] for name in PUBLISHED),
+        ),
+        memory=table(
+            ["", "fixed", *map(str, MICRO_BATCHES)],
+            ([name, *by_micro_batch(SIZES[name], length)] for name in PUBLISHED),
+        ),
+        fitting=table(
+            ["", "dtype", "peak, TFLOP/s", *PUBLISHED],
+            (card_row(card, length) for card in CARDS),
+        ),
+    )
+
+
+def work(config: GPTConfig, length: int) -> list[str]:
+    """Parameters, GFLOP for a token, and GB that gradients and optimizer move in a step."""
+    needed = on_gpu(config, 1, length)
+    updated = needed.weights + needed.moments
+    moved = [needed.gradients, updated + needed.gradients + updated]
+    flops = config.flops_per_token(length)
+    return [f"{parameter_count(config):,}", f"{flops / 1e9:.2f}", *(f"{size / 1e9:.1f}" for size in moved)]
+
+
+def by_micro_batch(config: GPTConfig, length: int) -> list[str]:
+    """GiB without activations, and in all with each of `MICRO_BATCHES`."""
+    needed = [on_gpu(config, size, length) for size in MICRO_BATCHES]
+    return [f"{size / 2**30:.1f}" for size in (needed[0].fixed, *(each.total for each in needed))]
+
+
+def on_gpu(config: GPTConfig, size: int, length: int) -> TrainingMemory:
+    """What a micro-batch of `size` sequences needs with matmuls in two bytes."""
+    return training_memory(
+        config, micro_batch_size=size, sequence_length=length, dtype=torch.float16, device_type="cuda"
+    )
+
+
+def card_row(card: Card, length: int) -> list[str]:
+    """Name, dtype, peak, and the largest of `MICRO_BATCHES` that fits for each size, a dash where none does."""
+    peak = peak_flops(card.hardware, card.dtype)
+    row = [card.hardware.name, str(card.dtype).removeprefix("torch."), f"{peak / 1e12:g}" if peak else "-"]
+    for name in PUBLISHED:
+        fits = fits_into(card.memory, SIZES[name], sequence_length=length, dtype=card.dtype, device_type="cuda")
+        row.append(str(max(filter(fits, MICRO_BATCHES), default="-")))
+    return row
+
+
+def table(heads: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: print(cli.parse(gpu_page, "What GPT-2 needs of the usual GPUs, on paper"), end=""))

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import running
 import torch
-from running import environment, final_hashes, python, train
+from drivers import footprint
+from running import ROOT, environment, final_hashes, python
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.memory import choose_micro_batch, largest_fitting, parameter_count, require_fit, training_memory
+from gpt2_ddp.memory import (
+    USABLE,
+    TrainingMemory,
+    choose_micro_batch,
+    largest_fitting,
+    parameter_count,
+    require_fit,
+    training_memory,
+)
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
 from gpt2_ddp.precision import Precision
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
+
+
+def reckon(config: GPTConfig, size: int, length: int, dtype: torch.dtype, device_type: str = "cpu") -> TrainingMemory:
+    return training_memory(config, micro_batch_size=size, sequence_length=length, dtype=dtype, device_type=device_type)
 
 
 @pytest.mark.parametrize("name", sorted(set(SIZES) - {"gpt2-xl"}))
@@ -46,55 +68,50 @@ def test_activations_are_what_autograd_keeps(dtype: torch.dtype) -> None:
         features = model.features(ids)
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    reckoned = training_memory(WIDE, micro_batch_size=4, sequence_length=128, dtype=dtype)
+    reckoned = reckon(WIDE, 4, 128, dtype)
     lowered = sum(p.numel() for block in model.h for p in block.parameters() if p.dim() == 2) * 2
     activations = sum(kept.values()) - (lowered if dtype != torch.float32 else 0)
     assert features.shape == (4, 128, 256)
     assert reckoned.activations == pytest.approx(activations, rel=0.08)
 
 
-MEASURE = """
-import sys, threading, psutil, torch
-from gpt2_ddp.model import GPT, SIZES
-from gpt2_ddp.memory import training_memory
-from gpt2_ddp.optim import apply_update, make_optimizer
-from gpt2_ddp.precision import Precision
-dtype, process = getattr(torch, sys.argv[1]), psutil.Process()
-torch.zeros(512, 512) @ torch.zeros(512, 512)
-before, peak, done = process.memory_info().rss, 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.002):
-        peak = max(peak, process.memory_info().rss)
-thread = threading.Thread(target=watch); thread.start()
-model = GPT(SIZES["gpt2-mini"]).init_weights(0)
-optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
-precision, ids = Precision.of(dtype, torch.device("cpu")), torch.zeros(4, 256, dtype=torch.int64)
-for _ in range(2):
-    with precision.autocast():
-        loss = model(ids, ids)
-    loss.backward()
-    apply_update(optimizer, precision.scaler, loss=loss, grad_clip=1.0)
-done.set(); thread.join()
-reckoned = training_memory(SIZES["gpt2-mini"], micro_batch_size=4, sequence_length=256, dtype=dtype)
-print(reckoned.total / (peak - before))
-"""
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_flops_are_those_of_a_counted_step_of_every_size(name: str) -> None:
+    model = GPT(SIZES[name])
+    with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        shapes = {name: fake.from_tensor(parameter) for name, parameter in model.named_parameters()}
+        ids = torch.zeros(2, 1024, dtype=torch.int64)
+        functional_call(model, shapes, (ids, ids)).backward()
+    assert counter.get_total_flops() == SIZES[name].flops_per_token(1024) * ids.numel()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_sum_is_what_a_training_process_holds(dtype: str) -> None:
-    told = subprocess.run(
-        [sys.executable, "-c", MEASURE, dtype], env=environment(), capture_output=True, text=True, check=True
-    )
-    assert 0.8 < float(told.stdout) < 1.2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("vocab_size", "batch"), [(512, 12), (4096, 4), (4096, 12)])
+def test_the_sum_is_what_pytorch_has_given_out_at_the_peak(dtype: torch.dtype, vocab_size: int, batch: int) -> None:
+    config = replace(footprint.CONFIG, vocab_size=vocab_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        footprint.train(config, dtype, batch)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    found = max(itertools.accumulate(event.nbytes() for event in events))
+    assert reckon(config, batch, footprint.LENGTH, dtype).total == pytest.approx(found, rel=0.06)
+
+
+def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
+    command, env = [sys.executable, "-m", "drivers.footprint"], environment({"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    started = [
+        subprocess.Popen([*command, dtype], env=env, stdout=subprocess.PIPE) for dtype in ("float32", "bfloat16")
+    ]
+    shares = [float(process.communicate()[0]) for process in started]
+    assert all(USABLE["cpu"] < share < 1.1 for share in shares), shares
 
 
 def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     precision = Precision.of(torch.float32, torch.device("cpu"))
 
     def chosen(free_sequences: float, sequences_per_step: int) -> int:
-        one = training_memory(WIDE, micro_batch_size=1, sequence_length=64, dtype=torch.float32)
-        free = (one.fixed + free_sequences * (one.total - one.fixed)) / 0.9
+        one = reckon(WIDE, 1, 64, torch.float32)
+        free = (one.fixed + free_sequences * (one.total - one.fixed)) / 0.5
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
         return choose_micro_batch(
             WIDE, precision, DistContext(), sequences_per_step=sequences_per_step, sequence_length=64
@@ -133,11 +150,11 @@ def test_a_shortage_on_one_rank_counts_for_all(tmp_path: Path) -> None:
 
 def test_auto_is_the_same_run_as_its_number(tmp_path: Path, data_dir: Path, clean_run: Callable[..., Path]) -> None:
     found = tmp_path / "auto"
-    train(found, data_dir, "--micro-batch-size=auto")
+    running.train(found, data_dir, "--micro-batch-size=auto")
     number = json.loads((found / "config.json").read_text())["config"]["micro_batch_size"]
     assert number == 8  # all sequences of a step
     assert final_hashes(found) == final_hashes(clean_run(f"--micro-batch-size={number}"))
-    train(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
+    running.train(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
     assert json.loads((found / "config.json").read_text())["config"]["micro_batch_size"] == 4
 
 
@@ -160,3 +177,17 @@ def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
 
     assert largest_fitting([1, 2, 4, 8], fits, DistContext()) == 2
     assert tried == [1, 2, 4]
+
+
+def test_the_page_about_gpus_is_what_the_command_prints() -> None:
+    told = running.run([sys.executable, "-m", "gpt2_ddp.memory"])
+    assert (told.returncode, told.stderr) == (0, "")
+    assert (ROOT / "launch" / "GPUS.md").read_text() == told.stdout, "python -m gpt2_ddp.memory > launch/GPUS.md"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("gpt2_*.sh")), ids=lambda path: path.stem)
+def test_the_presets_tell_what_they_need(script: Path) -> None:
+    text = script.read_text()
+    name, size = re.search(r"--model (\S+)", text)[1], int(re.search(r"--micro-batch-size (\d+)", text)[1])
+    needed = reckon(SIZES[name], size, 1024, torch.bfloat16, "cuda")
+    assert re.search(rf"^#.* {size} sequences .*: {needed.total / 2**30:.0f} GiB", text, re.M)

@@ -1,0 +1,47 @@
+"""A small training; as a command, `python -m drivers.footprint DTYPE`, which share of its memory is reckoned."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gpt2_ddp.allocator import keep_freed_memory
+from gpt2_ddp.memory import training_memory
+from gpt2_ddp.model import GPT, GPTConfig
+from gpt2_ddp.optim import apply_update, make_optimizer
+from gpt2_ddp.precision import Precision
+
+CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=4096)
+LENGTH = 256
+
+
+def train(config: GPTConfig, dtype: torch.dtype, batch: int) -> None:
+    """Two steps of two micro-steps each."""
+    precision, ids = Precision.of(dtype, torch.device("cpu")), torch.zeros(batch, LENGTH, dtype=torch.int64)
+    model = GPT(config).init_weights(0)
+    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
+    for _ in range(2):
+        for _ in range(2):
+            with precision.autocast():
+                loss = model(ids, ids)
+            loss.backward()
+        apply_update(optimizer, precision.scaler, loss=loss, grad_clip=1.0)
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in main memory: now (`VmRSS:`), or at the peak (`VmHWM:`)."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition(name)[2].split()[0])
+
+
+if __name__ == "__main__":
+    chosen, size = getattr(torch, sys.argv[1]), 12
+    keep_freed_memory()  # as the trainer does
+    train(replace(CONFIG, n_layer=1), chosen, 1)  # what the first use of each kernel takes is not the model's
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = resident("VmRSS:")
+    train(CONFIG, chosen, size)
+    reckoned = training_memory(CONFIG, micro_batch_size=size, sequence_length=LENGTH, dtype=chosen, device_type="cpu")
+    print(reckoned.total / (resident("VmHWM:") - before))
