@@ -113,16 +113,14 @@ class HeadLoss(torch.autograd.Function):
         total = features.new_zeros((), dtype=torch.float32)
         gradients, weight_gradient = [], None
         for x, target in zip(torch.split(features.to(dtype), rows), torch.split(targets[:, None], rows), strict=True):
-            logits = x @ lowered.t()
-            log_sum = logits.float().logsumexp(-1, keepdim=True)
-            log_probability = logits.gather(-1, target).float() - log_sum
-            total = total - log_probability.sum()
+            loss, gradient = chunk_loss(x @ lowered.t(), target)
+            total = total + loss
             if any(ctx.needs_input_grad):
-                gradient = (logits.float() - log_sum).exp().to(dtype)
-                gradient.scatter_(-1, target, log_probability.expm1().to(dtype))
                 gradients.append(gradient @ lowered)
-                part = (gradient.t() @ x).to(weight.dtype)
-                weight_gradient = part if weight_gradient is None else weight_gradient.add_(part)
+                part = gradient.t() @ x
+                weight_gradient = part.to(weight.dtype) if weight_gradient is None else weight_gradient.add_(part)
+                del part
+            del gradient  # else it would live beside the next chunk's
         if weight_gradient is not None:
             ctx.save_for_backward(torch.cat(gradients), weight_gradient)
         return total / len(features)
@@ -132,3 +130,12 @@ class HeadLoss(torch.autograd.Function):
         features_gradient, weight_gradient = ctx.saved_tensors
         scale = upstream / len(features_gradient)
         return features_gradient.to(scale.dtype) * scale, weight_gradient * scale, None, None
+
+
+def chunk_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of logits (rows, vocab_size) for target (rows, 1), float32, and its gradient in their dtype."""
+    log_sum = logits.float().logsumexp(-1, keepdim=True)
+    log_probability = logits.gather(-1, target).float() - log_sum
+    gradient = (logits.float() - log_sum).exp_().to(logits.dtype)
+    gradient.scatter_(-1, target, log_probability.expm1().to(logits.dtype))
+    return -log_probability.sum(), gradient

@@ -58,22 +58,23 @@ def training_memory(
 
     Counted are the tensors that autograd keeps: for each token and block, in units of n_embd, the two norms' inputs in
     float32, the inputs of the four matmuls, q, k, v and GELU's input; the lowered copies of the matrices; and what
-    `kernels.HeadLoss` holds at its peak: each token's features and their gradient; for each of a chunk's logits two
-    numbers in float32 and one lowered, and where there are several chunks, one more of the chunk before, and two
-    gradients of the head.
+    `kernels.HeadLoss` holds at its peak: each token's features and their gradient; a chunk's logits, with two numbers
+    in float32 for each where they are lowered, else one more; and where there are several chunks, two gradients of
+    the head.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
     per_block = 2 * 4 + width * (2 + 1 + 3 + 4 + 4)
     matrix = config.vocab_size * config.n_embd
     rows = min(tokens, HEAD_ROWS.get(device_type, HEAD_ROWS["cpu"]))
-    before = rows * config.vocab_size * width + 2 * 4 * matrix if rows < tokens else 0
+    mixed = dtype != torch.float32
+    chunk = rows * config.vocab_size * (width + (8 if mixed else 4)) + (8 * matrix if rows < tokens else 0)
     return TrainingMemory(
         weights=4 * count,
         gradients=4 * count,
         moments=8 * count,
-        lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if dtype != torch.float32 else 0,
+        lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if mixed else 0,
         activations=tokens * config.n_layer * config.n_embd * per_block,
-        head=2 * width * tokens * config.n_embd + rows * config.vocab_size * (2 * 4 + width) + before,
+        head=2 * width * tokens * config.n_embd + chunk,
     )
 
 
