@@ -26,7 +26,7 @@ T = TypeVar("T")
 START_TIMEOUT = timedelta(minutes=30)
 """Until the first step is done: compilers, cold file systems and slow nodes take their time."""
 CONNECT_TIMEOUT = timedelta(seconds=30)
-"""To reach torchrun's store, which is up before a rank starts: where it is not, torchrun has died. PyTorch tries twice."""
+"""To reach torchrun's store, which is up before a rank starts; where it is not, torchrun has died. Tried twice."""
 
 
 @dataclass
