@@ -22,8 +22,8 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
 }
 """Dense peak FLOP/s by a part of the device's name, from NVIDIA's data sheets; float32 is TF32 where there is TF32."""
 
-COMPILE_FLOPS = 1e15
-"""Floating-point operations of a run from which compiling pays on a CPU: about half an hour on two cores."""
+COMPILE_FLOPS = 1e16
+"""Floating-point operations of a run from which compiling surely pays on a CPU: about five hours on two cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
