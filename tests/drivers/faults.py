@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,7 @@ def fill_disk(*, step: int, until: int = 0) -> None:
     def fill(run: Run, batch: StepBatch) -> None:
         filler = run.config.out_dir / "filler"
         if batch.step == step:
+            futures.wait(run.writer._saves)  # those before it have found room
             with filler.open("wb", buffering=0) as file:
                 for size in (1 << 16, 1):
                     try:
