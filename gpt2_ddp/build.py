@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gpt2_ddp import optim, resume
-from gpt2_ddp.compute import choose_numerics, make_reduction, settle_micro_batch, start_model, trainable
+from gpt2_ddp.compute import choose_numerics, make_reduction, start_model, trainable
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import (
     BatchPlan,
@@ -35,6 +35,7 @@ from gpt2_ddp.metrics import (
     TensorBoard,
     WeightsAndBiases,
 )
+from gpt2_ddp.micro_batch import settle_micro_batch
 from gpt2_ddp.model import GPT
 from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware
 from gpt2_ddp.resume import TrainState

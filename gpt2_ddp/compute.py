@@ -1,13 +1,11 @@
-"""What a run computes with: the micro-batch, the model, the optimizer, and how gradients are summed."""
+"""What a run computes with: the model, the optimizer, and how gradients are summed."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from gpt2_ddp import gradients, memory, optim, pretrained, resume
+from gpt2_ddp import gradients, optim, pretrained
 from gpt2_ddp.allocator import keep_freed_memory
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan
@@ -16,25 +14,6 @@ from gpt2_ddp.metrics import warn
 from gpt2_ddp.model import GPT, model_config
 from gpt2_ddp.precision import Hardware, Precision, choose_compile
 from gpt2_ddp.resume import Resume
-
-
-def settle_micro_batch(config: TrainConfig, context: DistContext, precision: Precision) -> TrainConfig:
-    """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
-    context.together(lambda: memory.require_fit(model_config(config.model), context.device))
-    if config.micro_batch_size != "auto":
-        return config
-    size = context.from_main(lambda: resume.saved_micro_batch(config, context.world_size))
-    return replace(
-        config,
-        micro_batch_size=size
-        or memory.choose_micro_batch(
-            model_config(config.model),
-            precision,
-            context,
-            sequences_per_step=config.total_batch_size // config.sequence_length,
-            sequence_length=config.sequence_length,
-        ),
-    )
 
 
 def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:

@@ -1,4 +1,4 @@
-"""What training needs of memory, and the largest micro-batch that fits into what there is.
+"""What training needs of memory.
 
 `python -m gpt2_ddp.memory` prints what the arithmetic says of the usual GPUs; launch/GPUS.md is its output.
 """
@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from gpt2_ddp import cli
-from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.kernels import HEAD_ROWS
-from gpt2_ddp.model import GPT, SIZES, GPTConfig
-from gpt2_ddp.precision import Hardware, Precision, choose_dtype, peak_flops
+from gpt2_ddp.model import SIZES, GPTConfig
+from gpt2_ddp.precision import Hardware, choose_dtype, peak_flops
 
 USABLE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the memory found that is counted on; the rest is for the allocator, the loader and everybody else. On a CPU,
@@ -78,65 +76,8 @@ def training_memory(
     )
 
 
-def require_fit(config: GPTConfig, device: torch.device) -> None:
-    """
-    Raises:
-        ValueError: where the GPU cannot hold the weights, gradients and moments, whatever the micro-batch.
-    """
-    if device.type != "cuda":
-        return
-    there = torch.cuda.get_device_properties(device).total_memory
-    needed = training_memory(config, micro_batch_size=1, sequence_length=1, dtype=torch.float32, device_type="cuda")
-    if needed.fixed > there:
-        raise ValueError(
-            f"{gib(needed.weights)} of weights, {gib(needed.gradients)} of gradients and {gib(needed.moments)} of "
-            f"moments are {gib(needed.fixed)}, and {torch.cuda.get_device_name(device)} has {gib(there)}: "
-            "train a smaller --model"
-        )
-
-
 def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def choose_micro_batch(
-    config: GPTConfig, precision: Precision, context: DistContext, *, sequences_per_step: int, sequence_length: int
-) -> int:
-    """The largest power of two of sequences that fits on every rank and divides its share of a step; collective.
-
-    On CUDA it is tried out, with room for the optimizer's moments; elsewhere it is reckoned from the free memory.
-    No random number is drawn and no data is read.
-
-    Raises:
-        ValueError: where not one sequence fits, or the ranks do not divide a step.
-    """
-    share, rest = divmod(sequences_per_step, context.world_size)
-    if rest:
-        raise ValueError(f"{sequences_per_step} sequences a step do not divide by {context.world_size} ranks")
-    candidates = [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
-    if context.device.type == "cuda":
-        fits = trial_on_gpu(config, precision, context.device, sequence_length)
-    else:
-        fits = reckoning(config, precision, context.local_world_size, sequence_length)
-    return largest_fitting(candidates, fits, context)
-
-
-def largest_fitting(candidates: list[int], fits: Callable[[int], bool], context: DistContext) -> int:
-    """The last of the rising `candidates` before the first that does not fit on some rank; collective."""
-    best = 0
-    for candidate in candidates:
-        if context.any(not fits(candidate)):
-            break
-        best = candidate
-    if not best:
-        raise ValueError("not one sequence fits in memory: train a smaller --model or shorten --sequence-length")
-    return best
-
-
-def reckoning(config: GPTConfig, precision: Precision, ranks_here: int, sequence_length: int) -> Callable[[int], bool]:
-    """Whether a micro-batch fits into this rank's share of the main memory that is free now."""
-    share, device_type = psutil.virtual_memory().available // ranks_here, precision.device_type
-    return fits_into(share, config, sequence_length=sequence_length, dtype=precision.dtype, device_type=device_type)
 
 
 def fits_into(
@@ -150,32 +91,6 @@ def fits_into(
         )
         return needed.total < USABLE.get(device_type, USABLE["cpu"]) * memory
 
-    return fits
-
-
-def trial_on_gpu(
-    config: GPTConfig, precision: Precision, device: torch.device, sequence_length: int
-) -> Callable[[int], bool]:
-    """Whether a forward and backward pass of a model like this one succeeds beside gradients and moments."""
-    model = GPT(config).to(device).eval()  # in eval mode dropout draws no random numbers
-    for parameter in model.parameters():  # those of the micro-steps before are there from the start
-        parameter.grad = torch.zeros_like(parameter)
-    moments = torch.empty(2 * parameter_count(config), device=device)
-
-    def fits(micro_batch_size: int) -> bool:
-        ids = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64, device=device)
-        try:
-            with precision.autocast():
-                loss = model(ids, ids)
-            loss.backward()
-            reserved = torch.cuda.max_memory_reserved(device)
-            return reserved < USABLE["cuda"] * torch.cuda.get_device_properties(device).total_memory
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            torch.cuda.empty_cache()
-
-    fits.moments = moments  # type: ignore[attr-defined]  # as long as the trial lives, so do they
     return fits
 
 

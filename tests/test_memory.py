@@ -23,15 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.memory import (
-    USABLE,
-    TrainingMemory,
-    choose_micro_batch,
-    largest_fitting,
-    parameter_count,
-    require_fit,
-    training_memory,
-)
+from gpt2_ddp.memory import USABLE, TrainingMemory, parameter_count, training_memory
+from gpt2_ddp.micro_batch import choose_micro_batch, largest_fitting, require_fit
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
 from gpt2_ddp.precision import Precision
 
@@ -130,7 +123,7 @@ FAKE_SHORTAGE = """
 import sys
 import torch
 from gpt2_ddp.distributed import open_context
-from gpt2_ddp.memory import largest_fitting
+from gpt2_ddp.micro_batch import largest_fitting
 with open_context("cpu") as context:
     state = torch.get_rng_state()
     best = largest_fitting([1, 2, 4, 8, 16], lambda size: size <= (4 if context.rank == 1 else 16), context)
