@@ -23,8 +23,11 @@ def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tup
     model = context.together(lambda: start_weights(config, found, is_main=context.is_main))
     model.load_state_dict(context.broadcast_tensors(dict(model.state_dict()) if context.is_main else None))
     model.to(context.device)
+    model.activation_checkpointing = config.activation_checkpointing
     betas = (config.beta1, config.beta2)
-    return model, optim.make_optimizer(model, weight_decay=config.weight_decay, betas=betas, device=context.device)
+    optimizer = optim.make_optimizer(model, weight_decay=config.weight_decay, betas=betas, device=context.device)
+    optim.allocate_state(optimizer)
+    return model, optimizer
 
 
 def start_weights(config: TrainConfig, found: Resume, *, is_main: bool) -> GPT:
@@ -60,6 +63,7 @@ def choose_numerics(
         "compile": compiles(config, hardware),
         "torch": torch.__version__,
         "micro_batch_size": plan.micro_batch_size,
+        "activation_checkpointing": config.activation_checkpointing,
     }
     saved = (found.state.get("numerics") or {}) if found.path else None
     gradients.require_same_numerics(context.gather(numerics), saved)
@@ -101,7 +105,7 @@ def trainable(
         with precision.autocast():
             loss = module(ids, ids)
         loss.backward()
-        model.zero_grad(set_to_none=True)
+        optim.zero_gradients(model.parameters())
 
     train_model: nn.Module = model
     if compiles(config, hardware):

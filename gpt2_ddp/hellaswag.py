@@ -294,5 +294,5 @@ def _features(model: GPT, ids: Tensor, positions: Tensor, parts: Tensor) -> Tens
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head width)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.ln_2(x))
+        x = x + block.mlp(block.mlp.c_fc(block.ln_2(x)))
     return model.ln_f(x)

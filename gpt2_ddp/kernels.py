@@ -1,18 +1,30 @@
-"""The two places where plain operations waste most: the head with its loss, and attention in bfloat16 on a CPU."""
+"""The places where plain operations waste most: the head with its loss, attention in bfloat16 on a CPU, and what the
+backward pass need not be given, since it can compute it again."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-HEAD_ROWS = {"cpu": 1024, "cuda": 4096}
+HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 """Positions whose logits exist at a time in training; adding up the head's gradient costs more the fewer they are."""
 QUERY_ROWS = 256
 """Queries whose attention weights exist at a time. Fewer leave out more of the masked half, but make small matmuls."""
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool = False) -> Tensor:
+    """function(x), of which only `x` is kept for the backward pass, which computes the rest again, up to the inputs of
+    the last operation. Where `function` draws random numbers, `random` makes it draw the same ones."""
+    if not torch.is_grad_enabled():
+        return function(x)
+    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=random)
+    return y
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -117,9 +129,12 @@ class HeadLoss(torch.autograd.Function):
             total = total + loss
             if any(ctx.needs_input_grad):
                 gradients.append(gradient @ lowered)
-                part = gradient.t() @ x
-                weight_gradient = part.to(weight.dtype) if weight_gradient is None else weight_gradient.add_(part)
-                del part
+                if weight_gradient is None:
+                    weight_gradient = (gradient.t() @ x).to(weight.dtype)
+                elif weight_gradient.dtype == dtype:
+                    weight_gradient.addmm_(gradient.t(), x)  # without a product of its own
+                else:
+                    weight_gradient.add_(gradient.t() @ x)
             del gradient  # else it would live beside the next chunk's
         if weight_gradient is not None:
             ctx.save_for_backward(torch.cat(gradients), weight_gradient)
@@ -129,13 +144,19 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         features_gradient, weight_gradient = ctx.saved_tensors
         scale = upstream / len(features_gradient)
-        return features_gradient.to(scale.dtype) * scale, weight_gradient * scale, None, None
+        return features_gradient.to(scale.dtype) * scale, weight_gradient.mul_(scale), None, None
 
 
 def chunk_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of logits (rows, vocab_size) for target (rows, 1), float32, and its gradient in their dtype."""
-    log_sum = logits.float().logsumexp(-1, keepdim=True)
-    log_probability = logits.gather(-1, target).float() - log_sum
-    gradient = (logits.float() - log_sum).exp_().to(logits.dtype)
-    gradient.scatter_(-1, target, log_probability.expm1().to(logits.dtype))
+    """The summed loss of logits (rows, vocab_size) for target (rows, 1), float32, and its gradient in their dtype.
+
+    Float32 logits become their gradient in place: one exponential for each, and no second tensor of their size.
+    """
+    dtype, picked = logits.dtype, logits.gather(-1, target).float()
+    greatest = logits.amax(-1, keepdim=True).float()
+    exponentials = logits.float().sub_(greatest).exp_()
+    total = exponentials.sum(-1, keepdim=True)
+    log_probability = picked - greatest - total.log()
+    gradient = exponentials.div_(total).to(dtype)
+    gradient.scatter_(-1, target, log_probability.expm1().to(dtype))
     return -log_probability.sum(), gradient

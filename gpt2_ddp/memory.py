@@ -22,7 +22,7 @@ training `gpt2` without compilation held 1.46 times what is reckoned, for `alloc
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes that one rank holds at the end of a forward pass, by the arithmetic of `training_memory`."""
+    """Bytes that one rank holds when it holds most, by the arithmetic of `training_memory`."""
 
     weights: int
     gradients: int
@@ -30,7 +30,9 @@ class TrainingMemory:
     lowered: int
     """The matrices in the dtype of the matmuls."""
     activations: int
-    head: int
+    """What the backward pass is given of all blocks."""
+    passing: int
+    """What the head or, if that is more, the backward pass of a block holds while it computes."""
 
     @property
     def fixed(self) -> int:
@@ -39,7 +41,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        return self.fixed + self.activations + self.head
+        return self.fixed + self.activations + self.passing
 
 
 def parameter_count(config: GPTConfig) -> int:
@@ -50,29 +52,40 @@ def parameter_count(config: GPTConfig) -> int:
 
 
 def training_memory(
-    config: GPTConfig, *, micro_batch_size: int, sequence_length: int, dtype: torch.dtype, device_type: str
+    config: GPTConfig,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device_type: str,
+    activation_checkpointing: bool = False,
 ) -> TrainingMemory:
     """Memory of training with AdamW, float32 weights and autocast to `dtype`, without compilation.
 
-    Counted are the tensors that autograd keeps: for each token and block, in units of n_embd, the two norms' inputs in
-    float32, the inputs of the four matmuls, q, k, v and GELU's input; the lowered copies of the matrices; and what
-    `kernels.HeadLoss` holds at its peak: each token's features and their gradient; a chunk's logits, with two numbers
-    in float32 for each where they are lowered, else one more; and where there are several chunks, two gradients of
-    the head.
+    Counted are the tensors that autograd keeps: for each token and block, in units of n_embd, the inputs of the two
+    norms in float32, q, k, v, what attention gives, and GELU's input; the lowered copies of the matrices; and what
+    `kernels.HeadLoss` holds: each token's features and their gradient (where matmuls have another dtype, also two
+    copies in float32), a chunk's logits, their gradient in float32 and, where that is another dtype, in theirs; the
+    head's own gradient and, in such a dtype, a chunk's part of it. In the backward pass of a block that is the head's
+    gradient, those of GELU's output and input, and that of the residual stream. With activation checkpointing each
+    block keeps its input alone, and the one whose backward pass it is all the others.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
-    per_block = 2 * 4 + width * (2 + 1 + 3 + 4 + 4)
+    mixed = dtype != torch.float32
+    block = 2 * 4 + width * (3 + 1 + 4)
     matrix = config.vocab_size * config.n_embd
     rows = min(tokens, HEAD_ROWS.get(device_type, HEAD_ROWS["cpu"]))
-    mixed = dtype != torch.float32
-    chunk = rows * config.vocab_size * (width + (8 if mixed else 4)) + (8 * matrix if rows < tokens else 0)
+    head = 2 * width * tokens * config.n_embd + 4 * matrix + rows * config.vocab_size * 4
+    if mixed:
+        head += width * (matrix + 2 * rows * config.vocab_size) + 2 * 4 * tokens * config.n_embd
+    backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + (block if activation_checkpointing else 0))
     return TrainingMemory(
         weights=4 * count,
         gradients=4 * count,
         moments=8 * count,
         lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if mixed else 0,
-        activations=tokens * config.n_layer * config.n_embd * per_block,
-        head=2 * width * tokens * config.n_embd + chunk,
+        activations=tokens * config.n_layer * config.n_embd * (4 if activation_checkpointing else block),
+        passing=max(head, backward),
     )
 
 
@@ -81,13 +94,24 @@ def gib(size: int) -> str:
 
 
 def fits_into(
-    memory: int, config: GPTConfig, *, sequence_length: int, dtype: torch.dtype, device_type: str
+    memory: int,
+    config: GPTConfig,
+    *,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device_type: str,
+    activation_checkpointing: bool = False,
 ) -> Callable[[int], bool]:
     """Whether a micro-batch fits into the usable part of `memory` bytes, by `training_memory`."""
 
     def fits(size: int) -> bool:
         needed = training_memory(
-            config, micro_batch_size=size, sequence_length=sequence_length, dtype=dtype, device_type=device_type
+            config,
+            micro_batch_size=size,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            device_type=device_type,
+            activation_checkpointing=activation_checkpointing,
         )
         return needed.total < USABLE.get(device_type, USABLE["cpu"]) * memory
 
@@ -139,8 +163,8 @@ Counted is what PyTorch keeps without `torch.compile`; the CUDA context and the 
 
 ## The largest power of two that fits
 
-Up to {most}, into {usable} of the memory on the card's data sheet. A dash: not one sequence fits. Peak: what `mfu` is a
-share of, dense matmuls in that format by the data sheet.
+Up to {most}, into {usable} of the memory on the card's data sheet; in brackets with `--activation-checkpointing`. A
+dash: not one sequence fits. Peak: what `mfu` is a share of, dense matmuls in that format by the data sheet.
 
 {fitting}
 """
@@ -191,12 +215,28 @@ def on_gpu(config: GPTConfig, size: int, length: int) -> TrainingMemory:
 
 
 def card_row(card: Card, length: int) -> list[str]:
-    """Name, dtype, peak, and the largest of `MICRO_BATCHES` that fits for each size, a dash where none does."""
+    """Name, dtype, peak, and the largest of `MICRO_BATCHES` that fits for each size, without and with checkpointing."""
     peak = peak_flops(card.hardware, card.dtype)
     row = [card.hardware.name, str(card.dtype).removeprefix("torch."), f"{peak / 1e12:g}" if peak else "-"]
     for name in PUBLISHED:
-        fits = fits_into(card.memory, SIZES[name], sequence_length=length, dtype=card.dtype, device_type="cuda")
-        row.append(str(max(filter(fits, MICRO_BATCHES), default="-")))
+        plain, checkpointing = (
+            max(
+                filter(
+                    fits_into(
+                        card.memory,
+                        SIZES[name],
+                        sequence_length=length,
+                        dtype=card.dtype,
+                        device_type="cuda",
+                        activation_checkpointing=again,
+                    ),
+                    MICRO_BATCHES,
+                ),
+                default="-",
+            )
+            for again in (False, True)
+        )
+        row.append(f"{plain} ({checkpointing})")
     return row
 
 

@@ -31,6 +31,7 @@ def settle_micro_batch(config: TrainConfig, context: DistContext, precision: Pre
             context,
             sequences_per_step=config.total_batch_size // config.sequence_length,
             sequence_length=config.sequence_length,
+            activation_checkpointing=config.activation_checkpointing,
         ),
     )
 
@@ -53,7 +54,13 @@ def require_fit(config: GPTConfig, device: torch.device) -> None:
 
 
 def choose_micro_batch(
-    config: GPTConfig, precision: Precision, context: DistContext, *, sequences_per_step: int, sequence_length: int
+    config: GPTConfig,
+    precision: Precision,
+    context: DistContext,
+    *,
+    sequences_per_step: int,
+    sequence_length: int,
+    activation_checkpointing: bool = False,
 ) -> int:
     """The largest power of two of sequences that fits on every rank and divides its share of a step; collective.
 
@@ -68,9 +75,16 @@ def choose_micro_batch(
         raise ValueError(f"{sequences_per_step} sequences a step do not divide by {context.world_size} ranks")
     candidates = [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
     if context.device.type == "cuda":
-        fits = trial_on_gpu(config, precision, context.device, sequence_length)
-    else:
-        fits = reckoning(config, precision, context.local_world_size, sequence_length)
+        fits = trial_on_gpu(config, precision, context.device, sequence_length, activation_checkpointing)
+    else:  # this rank's share of the main memory that is free now
+        fits = fits_into(
+            psutil.virtual_memory().available // context.local_world_size,
+            config,
+            sequence_length=sequence_length,
+            dtype=precision.dtype,
+            device_type=precision.device_type,
+            activation_checkpointing=activation_checkpointing,
+        )
     return largest_fitting(candidates, fits, context)
 
 
@@ -82,21 +96,20 @@ def largest_fitting(candidates: list[int], fits: Callable[[int], bool], context:
             break
         best = candidate
     if not best:
-        raise ValueError("not one sequence fits in memory: train a smaller --model or shorten --sequence-length")
+        raise ValueError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")
     return best
 
 
-def reckoning(config: GPTConfig, precision: Precision, ranks_here: int, sequence_length: int) -> Callable[[int], bool]:
-    """Whether a micro-batch fits into this rank's share of the main memory that is free now."""
-    share, device_type = psutil.virtual_memory().available // ranks_here, precision.device_type
-    return fits_into(share, config, sequence_length=sequence_length, dtype=precision.dtype, device_type=device_type)
-
-
 def trial_on_gpu(
-    config: GPTConfig, precision: Precision, device: torch.device, sequence_length: int
+    config: GPTConfig,
+    precision: Precision,
+    device: torch.device,
+    sequence_length: int,
+    activation_checkpointing: bool,
 ) -> Callable[[int], bool]:
     """Whether a forward and backward pass of a model like this one succeeds beside gradients and moments."""
     model = GPT(config).to(device).eval()  # in eval mode dropout draws no random numbers
+    model.activation_checkpointing = activation_checkpointing
     for parameter in model.parameters():  # those of the micro-steps before are there from the start
         parameter.grad = torch.zeros_like(parameter)
     moments = torch.empty(2 * parameter_count(config), device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,29 @@ def make_optimizer(
     fused = device.type in ("cuda", "cpu", "mps")
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused)
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the moments of zero that its first step would, and the parameters their gradients.
+
+    Allocated before a step's temporary tensors they do not lie between these, where they would break up the memory.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {key: torch.zeros_like(parameter) for key in ADAMW_STATE if key != "step"}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        zero_gradients(group["params"])
+
+
+def zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """No gradients; on a CPU, which has no allocator that keeps the sizes of tensors apart, zeros in the same place."""
+    for parameter in parameters:
+        if parameter.device.type != "cpu":
+            parameter.grad = None
+        elif parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.zero_()
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -96,7 +120,7 @@ def apply_update(
     optimizer.step()  # not by `scaler.step`, which knows of bad gradients, but not of a norm past float32
     if scaler.is_enabled():
         scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    zero_gradients(parameters)
     return norm, skipped
 
 

@@ -2,7 +2,7 @@
 # GPT-2 1558M on eight A100s: 10 billion tokens of FineWeb-Edu, 9,537 steps of 1,048,576 tokens.
 # Learning rate, batch and warm-up of 375 million tokens: GPT-3 (Brown et al. 2020), table 2.1 and appendix B,
 # its 1.3B model, the nearest.
-# 2 sequences a GPU at a time: 32 GiB with weights, gradients and moments
+# 2 sequences a GPU at a time: 31 GiB with weights, gradients and moments
 # by the arithmetic of launch/GPUS.md, not measured; so it fits cards of 40 GB. Ones of 80 GB take twice that.
 #
 # Data (about 20 GB of shards, and HellaSwag's validation set), once:
