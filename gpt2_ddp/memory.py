@@ -17,7 +17,7 @@ from gpt2_ddp.precision import Hardware, choose_dtype, peak_flops
 
 USABLE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the memory found that is counted on; the rest is for the allocator, the loader and everybody else. On a CPU,
-training `gpt2` without compilation held 1.46 times what is reckoned, for `allocator.keep_freed_memory`."""
+training `gpt2` without compilation held 1.44 times what is reckoned, for `allocator.keep_freed_memory`."""
 
 
 @dataclass(frozen=True, kw_only=True)

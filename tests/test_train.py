@@ -31,9 +31,12 @@ from running import (
 from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.compute import start_model
+from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.hellaswag import evaluate, read_examples
 from gpt2_ddp.pretrained import load_model
+from gpt2_ddp.resume import Resume
 
 CleanRun = Callable[..., Path]
 LINE = re.compile(
@@ -264,6 +267,26 @@ def test_faster_ways_to_the_same_losses(
     assert found.keys() == expected.keys()
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     load_model(checkpoint(fast))
+
+
+@pytest.mark.parametrize("flags", [[], ["--dropout=0.2"]], ids=["plain", "dropout"])
+def test_activation_checkpointing_is_the_same_run(clean_run: CleanRun, flags: list[str]) -> None:
+    again = clean_run(*flags, "--activation-checkpointing")
+    assert json.loads((again / "config.json").read_text())["config"]["activation_checkpointing"] is True
+    assert_same_run(again, clean_run(*flags))
+
+
+def test_activation_checkpointing_computes_blocks_again() -> None:
+    config = TrainConfig(model="gpt2-nano", activation_checkpointing=True, device="cpu")
+    model, _ = start_model(config, DistContext(), Resume())
+    calls = list[int]()
+    model.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    model(ids, ids).backward()
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(ids)
+    assert len(calls) == 3
 
 
 def test_the_script_without_flags_or_data(tmp_path: Path) -> None:
