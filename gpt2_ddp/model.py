@@ -122,7 +122,8 @@ class GPT(nn.Module):
     """The language model; its weights are undefined until `init_weights` or a load.
 
     With `activation_checkpointing` the backward pass is given nothing of a block but its input, and computes the block
-    again (Chen et al. 2016, arXiv:1604.06174): a third more matmuls in the blocks, for a fraction of the memory.
+    again (Chen et al. 2016, arXiv:1604.06174) up to the input of its last matmul: two thirds of the forward pass's
+    weights, and attention, once more.
     """
 
     def __init__(self, config: GPTConfig) -> None:
