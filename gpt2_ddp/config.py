@@ -66,7 +66,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step with torch.compile; auto does where it pays."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass, which computes the block again: about a sixth more work for a
+    """Keep only each block's input for the backward pass, which computes the block again: about a fifth more work for a
     fraction of the memory."""
 
     log_every: int = 1

@@ -119,8 +119,8 @@ def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
 def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     precision = Precision.of(torch.float32, torch.device("cpu"))
 
-    def chosen(room_for: int, sequences_per_step: int) -> int:
-        free = room_for and reckon(WIDE, room_for, 64, torch.float32).total / 0.5 + 1
+    def chosen(room_for: int, sequences_per_step: int, beyond: int = 2) -> int:
+        free = reckon(WIDE, room_for, 64, torch.float32).total / 0.5 + beyond
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
         return choose_micro_batch(
             WIDE, precision, DistContext(), sequences_per_step=sequences_per_step, sequence_length=64
@@ -128,11 +128,12 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
 
     assert chosen(1, 64) == 1
     assert chosen(7, 64) == 4
+    assert chosen(8, 64, beyond=-2) == 4
     assert chosen(8, 64) == 8
     assert chosen(1000, 64) == 64
     assert chosen(1000, 24) == 8
     with pytest.raises(ValueError, match="not one sequence fits"):
-        chosen(0, 64)
+        chosen(1, 64, beyond=-2)
 
 
 FAKE_SHORTAGE = """
