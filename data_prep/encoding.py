@@ -76,12 +76,12 @@ class Encoder:
         if joined.count(DOCUMENT) != len(texts) or CUT in joined:
             return self._encode_singly(texts)
         try:
-            codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
+            units = np.frombuffer(joined.encode("utf-16-le"), "<u2")
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
             return self._encode_singly(texts)
-        space = self._ends_no_run[np.minimum(codes, len(self._ends_no_run) - 1)]
+        space = self._ends_no_run[units]
         cuts = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
-        text = np.insert(codes, cuts, ord(CUT)).tobytes().decode("utf-32-le")
+        text = np.insert(units, cuts, ord(CUT)).tobytes().decode("utf-16-le")
         ids = self._fast.encode_to_numpy(text, allowed_special={DOCUMENT, CUT}, disallowed_special=())
         tokens: Tokens = ids[ids != CUT_ID].astype(np.uint16)
         return tokens

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .formats import ParquetRows, Piece, json_documents, parquet_pieces, text_documents
+from .formats import PARQUET_BYTES, ParquetRows, Piece, json_documents, parquet_pieces, text_documents
 from .sources import CHUNK_BYTES
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -60,8 +60,8 @@ class Files:
                 yield from self._rows.take(piece)
 
     def _digest(self) -> str:
-        """Changes when a file is added, removed, renamed or written; reads no file."""
-        digest, found = hashlib.sha256(), False
+        """Changes when a file is added, removed, renamed or written, or is cut otherwise; reads no file."""
+        digest, found = hashlib.sha256(f"{CHUNK_BYTES} {CHUNK_FILES} {PARQUET_BYTES}".encode()), False
         for path in _files(self.paths):
             found, status = True, path.stat()
             digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 DOCUMENT_BYTES = 1 << 16
 """A longer .txt file is cut at blank lines into documents of about this size, so that it is never in memory whole."""
 PARQUET_ROWS = 1024
+"""Rows decoded at a time."""
+PARQUET_BYTES = 1 << 23
+"""Of a larger row group, uncompressed, several workers read pieces, and each decodes the rows before its own, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,7 @@ def _line_number(path: Path, offset: int) -> int:
 
 
 def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
-    """The row groups of a .parquet file, in pieces of at most `PARQUET_ROWS` rows and a few megabytes.
+    """The row groups of a .parquet file, each in as few pieces of like size as `PARQUET_BYTES` allow.
 
     Raises:
         ValueError: for a file that is not Parquet or has no such column of text.
@@ -112,8 +116,8 @@ def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
     with _open_parquet(path, text_field) as file:
         for index in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(index)
-            row_bytes = group.total_byte_size // max(1, group.num_rows)
-            rows = min(PARQUET_ROWS, max(1, (1 << 22) // max(1, row_bytes)))
+            pieces = max(1, math.ceil(group.total_byte_size / PARQUET_BYTES))
+            rows = max(1, math.ceil(group.num_rows / pieces))
             for start in range(0, group.num_rows, rows):
                 yield Piece(path=path, start=start, stop=min(start + rows, group.num_rows), row_group=index)
 

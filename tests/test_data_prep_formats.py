@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import formats
 from data_prep.formats import (
     DOCUMENT_BYTES,
     ParquetRows,
@@ -66,17 +67,25 @@ def test_every_line_is_in_one_piece(
 
 
 @settings(max_examples=30, deadline=None)
-@given(group=st.integers(100, 3000), rows=st.integers(1, 6000), taken=st.lists(st.booleans(), min_size=20, max_size=20))
+@given(
+    group=st.integers(100, 3000),
+    rows=st.integers(1, 6000),
+    piece_bytes=st.integers(100, 20_000),
+    taken=st.lists(st.booleans(), min_size=20, max_size=20),
+)
 def test_a_worker_finds_its_rows_whichever_it_gets(
-    tmp_path_factory: pytest.TempPathFactory, group: int, rows: int, taken: list[bool]
+    tmp_path_factory: pytest.TempPathFactory, group: int, rows: int, piece_bytes: int, taken: list[bool]
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / "a.parquet"
     pq.write_table(
         pa.table({"id": range(rows), "text": [f"row {row}" for row in range(rows)]}), path, row_group_size=group
     )
     reader = ParquetRows(path, "text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "PARQUET_BYTES", piece_bytes)
+        pieces = list(parquet_pieces(path, "text"))
     seen = 0
-    for number, piece in enumerate(parquet_pieces(path, "text")):
+    for number, piece in enumerate(pieces):
         first = piece.row_group * group + piece.start
         assert first == seen
         seen = piece.row_group * group + piece.stop
