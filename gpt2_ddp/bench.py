@@ -9,6 +9,7 @@ rung's time is the median of all its steps. All rungs see the same tokens and st
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Literal
 import torch
 
 from gpt2_ddp import cli
+from gpt2_ddp.allocator import PRELOAD, find_tcmalloc, preloaded
 from gpt2_ddp.distributed import DistContext, choose_device, open_context
 from gpt2_ddp.ladder import Measured, Shapes, ladder, measure
 from gpt2_ddp.precision import found_hardware
@@ -56,7 +58,8 @@ def climb(bench: Bench, device: torch.device) -> list[Measured]:
         for rung in rungs:
             print(f"round {repeat + 1} of {bench.repeats}: {rung.name}", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "gpt2_ddp.bench", *own, "--rung", rung.name]
-            told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            environment = os.environ | ({PRELOAD: find_tcmalloc()} if rung.tcmalloc else {})
+            told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
             seconds[rung.name] += told["seconds"]
             last[rung.name] = Measured(**told["measured"])
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -90,6 +93,8 @@ def main() -> None:
         chosen = [rung for rung in ladder(device) if rung.name == bench.rung]
         if not chosen:
             raise ValueError(f"--rung {bench.rung!r}: choose one of {[rung.name for rung in ladder(device)]}")
+        if chosen[0].tcmalloc and not preloaded(find_tcmalloc()):
+            raise ValueError(f"--rung {bench.rung!r}: start it with {PRELOAD}={find_tcmalloc()}")
         seconds, measured = measure(bench, chosen[0], DistContext(device=device))
         print(json.dumps({"seconds": seconds, "measured": asdict(measured)}))
         return

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_ddp.allocator import keep_freed_memory
+from gpt2_ddp.allocator import find_tcmalloc, keep_freed_memory
 from gpt2_ddp.distributed import DistContext, grad_sync
 from gpt2_ddp.model import GPT, GPTConfig, model_config
-from gpt2_ddp.optim import apply_update, parameter_groups
+from gpt2_ddp.optim import allocate_state, apply_update, parameter_groups
 from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, peak_flops
 from gpt2_ddp.tokenizer import VOCAB_SIZE
 
@@ -62,6 +62,8 @@ class Rung:
     chunked_head: bool = False
     block_attention: bool = False
     kept_memory: bool = False
+    tcmalloc: bool = False
+    """For whoever starts the process: it has to be preloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ def ladder(device: torch.device) -> list[Rung]:
         changes.insert(0, ("TF32", "tf32"))
     if device.type == "cpu":
         changes += [("attention in blocks", "block_attention"), ("memory kept", "kept_memory")]
+        changes += [("tcmalloc", "tcmalloc")] if find_tcmalloc() else []
     rungs = [Rung(name="float32")]
     for name, field in changes:
         rungs.append(replace(rungs[-1], name=f"+ {name}", **{field: True}))
@@ -147,6 +150,8 @@ def measure(shapes: Shapes, rung: Rung, context: DistContext) -> tuple[list[floa
     train_model: nn.Module = torch.compile(model) if rung.compiled else model  # type: ignore[assignment]
     train_model = context.wrap(train_model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, fused=rung.fused_optimizer)
+    if rung.kept_memory:
+        allocate_state(optimizer)
     shape = (-1, shapes.micro_batch_size, shapes.sequence_length)
     generator = torch.Generator().manual_seed(context.rank)
     tokens = torch.randint(VOCAB_SIZE, (shapes.total_batch_size,), generator=generator).view(shape).to(device)

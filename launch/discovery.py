@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import re
@@ -49,6 +50,8 @@ def discover(environment: Mapping[str, str]) -> Found:
         torchrun_options=frozenset(map(str, probed["options"])),
         under_torchrun="TORCHELASTIC_RUN_ID" in environment,
         omp_num_threads=environment.get("OMP_NUM_THREADS", ""),
+        ld_preload=environment.get("LD_PRELOAD", ""),
+        tcmalloc=find_tcmalloc(),
     )
 
 
@@ -115,6 +118,13 @@ def find_cpu_quota(root: Path = CONTROL_GROUPS, membership: str | None = None) -
     limits.append(f"{read(root / 'cpu/cpu.cfs_quota_us')} {read(root / 'cpu/cpu.cfs_period_us')}")
     granted = [int(quota) / int(period) for quota, period in re.findall(r"^(\d+) (\d+)$", "\n".join(limits), re.M)]
     return min(granted, default=None)
+
+
+def find_tcmalloc() -> str:
+    """The name by which Linux's linker knows gperftools' tcmalloc; empty where it is not installed."""
+    if sys.platform != "linux":
+        return ""
+    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""
 
 
 def find_slurm(environment: Mapping[str, str]) -> SlurmStep | None:

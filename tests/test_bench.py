@@ -12,6 +12,8 @@ import pytest
 import torch
 from running import environment
 
+from gpt2_ddp import bench
+from gpt2_ddp.allocator import PRELOAD, find_tcmalloc
 from gpt2_ddp.bench import Bench, table
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.ladder import Measured, ladder, measure
@@ -43,6 +45,21 @@ def test_a_rung_in_a_process_of_its_own() -> None:
     assert measured.tokens_per_sec == pytest.approx(128 / told["seconds"][0], rel=1e-3)
     assert measured.peak_memory_mb > 100
     assert "+ memory kept" in table([measured])
+
+
+@pytest.mark.skipif(not find_tcmalloc(), reason="tcmalloc is not installed")
+def test_the_rung_of_tcmalloc_is_measured_with_it() -> None:
+    tcmalloc = ladder(CPU)[-1]
+    assert (tcmalloc.name, tcmalloc.tcmalloc) == ("+ tcmalloc", True)
+    bare = {key: value for key, value in environment().items() if key != PRELOAD}
+    command = [sys.executable, "-m", "gpt2_ddp.bench", "--rung", "+ tcmalloc"]
+    refused = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert f"{PRELOAD}={find_tcmalloc()}" in refused.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "ladder", lambda _: [ladder(CPU)[0], tcmalloc])
+        names = [measured.name for measured in bench.climb(TINY, CPU)]
+    assert names == ["float32", "+ tcmalloc"]
 
 
 @pytest.mark.slow

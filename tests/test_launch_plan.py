@@ -178,6 +178,14 @@ def test_a_set_number_of_threads_is_kept() -> None:
     assert plan(node(8, omp_num_threads="3"), NO_FLAGS).environment["OMP_NUM_THREADS"] == "3"
 
 
+def test_tcmalloc_is_for_ranks_on_the_cpu_that_have_no_library_of_the_users() -> None:
+    here = node(8, tcmalloc="libtcmalloc.so.4")
+    assert plan(here, NO_FLAGS).environment["LD_PRELOAD"] == "libtcmalloc.so.4"
+    assert "LD_PRELOAD" not in plan(replace(here, ld_preload="libmine.so"), NO_FLAGS).environment
+    assert "LD_PRELOAD" not in plan(replace(here, gpus=(T4,)), NO_FLAGS).environment
+    assert plan(replace(here, gpus=(T4,)), LaunchFlags(cpu=True)).environment["LD_PRELOAD"] == "libtcmalloc.so.4"
+
+
 def test_cpu_list_of_linux() -> None:
     assert discovery.parse_cpu_list("0-3,8,10-11") == [0, 1, 2, 3, 8, 10, 11]
     assert discovery.parse_cpu_list("") == []

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gpt2_ddp.allocator import find_tcmalloc
 from launch.torchrun import exit_status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,15 @@ def test_a_crash_restarts_all_ranks(toy: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {"rank0.attempt1", "rank1.attempt1"} <= {path.name for path in toy.parent.glob("rank*")}
     assert "2 rank(s) of " in done.stderr
+
+
+@pytest.mark.skipif(not find_tcmalloc(), reason="tcmalloc is not installed")
+def test_ranks_on_the_cpu_run_with_tcmalloc(tmp_path: Path) -> None:
+    script = tmp_path / "maps.py"
+    script.write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(open('/proc/self/maps').read())")
+    launch = [sys.executable, "-m", "launch", "--cpu", "--nproc-per-node=1", f"--module={script}", "--"]
+    subprocess.run([*launch, str(tmp_path / "maps")], cwd=ROOT, check=True)
+    assert find_tcmalloc() in (tmp_path / "maps").read_text()
 
 
 def test_a_crash_without_restarts_is_status_1(toy: Path) -> None:
