@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,15 +96,15 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, *, matmuls: bool = False) -> Tensor:
         """From what `c_fc` gives, (B, T, 4 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        y = recomputed(lambda hidden: self.c_proj(F.gelu(hidden, approximate="tanh")), hidden)
+        y = recomputed(lambda hidden: self.c_proj(F.gelu(hidden, approximate="tanh")), hidden, matmuls=matmuls)
         return F.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):
     """The outputs of norms and GELUs are computed again in the backward pass: they are cheap, and half of what would
-    have to be kept (`memory.training_memory` counts the rest)."""
+    have to be kept (`memory.training_memory` counts the rest). `matmuls` says that those are computed again, too."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -112,10 +113,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(recomputed(lambda x: self.attn.c_attn(self.ln_1(x)), x))
-        x = x + self.mlp(recomputed(lambda x: self.mlp.c_fc(self.ln_2(x)), x))
-        return x
+    def forward(self, x: Tensor, *, matmuls: bool = False) -> Tensor:
+        x = x + self.attn(recomputed(lambda x: self.attn.c_attn(self.ln_1(x)), x, matmuls=matmuls))
+        hidden = recomputed(lambda x: self.mlp.c_fc(self.ln_2(x)), x, matmuls=matmuls)
+        return x + self.mlp(hidden, matmuls=matmuls)
 
 
 class GPT(nn.Module):
@@ -167,10 +168,13 @@ class GPT(nn.Module):
             raise ValueError(f"{length} tokens are more than the model's block_size {self.config.block_size}")
         positions = self.wpe(torch.arange(length, device=ids.device))
         x = F.dropout(self.wte(ids) + positions, self.config.dropout, self.training)
+        random = self.config.dropout > 0
         for block in self.h:
-            x = recomputed(block, x, random=self.config.dropout > 0) if self.activation_checkpointing else block(x)
-        x = self.ln_f(x)
-        return x
+            if self.activation_checkpointing:
+                x = recomputed(partial(block, matmuls=True), x, random=random, matmuls=True)
+            else:
+                x = block(x)
+        return self.ln_f(x)
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., n_embd) -> (..., vocab_size), through the tied head."""

@@ -68,6 +68,28 @@ def test_activations_are_what_a_forward_pass_leaves_behind(dtype: torch.dtype, c
     assert reckoned.activations == pytest.approx(kept - last_norm - lowered, rel=0.08)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_backward_pass_computes_no_matmul_again_that_it_is_not_asked_to(
+    dtype: torch.dtype, checkpointing: bool
+) -> None:
+    """The linear layers with a bias are `addmm`, in the forward pass only; the backward pass has `mm`."""
+    config = replace(WIDE, n_layer=2)
+    model = GPT(config).init_weights(0)
+    model.activation_checkpointing = checkpointing
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition")  # Inductor's choice of what is kept
+    ids = torch.zeros(4, 128, dtype=torch.int64)
+    autocast = Precision.of(dtype, torch.device("cpu")).autocast
+    with autocast():
+        compiled(ids, ids).backward()
+        loss = compiled(ids, ids)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loss.backward()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["aten::mm"] >= 8 * config.n_layer
+    assert counts.get("aten::addmm", 0) // config.n_layer == (3 if checkpointing else 0)
+
+
 def product_flops(_: list[int], left: list[int], right: list[int], **_more: object) -> int:
     """Of `addmm_`, by the shapes, which PyTorch counts for `addmm` only."""
     return 2 * left[0] * left[1] * right[1]
