@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 """Positions whose logits exist at a time in training; adding up the head's gradient costs more the fewer they are."""
@@ -19,21 +18,24 @@ QUERY_ROWS = 256
 """Queries whose attention weights exist at a time. Fewer leave out more of the masked half, but make small matmuls."""
 
 
-def recomputed(
-    function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool = False, matmuls: bool = False
-) -> Tensor:
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool = False) -> Tensor:
     """function(x), of which only `x` is kept for the backward pass, which computes the rest again, up to the inputs of
-    the last operation; `torch.compile` would go on to that, so without `matmuls` it is told to keep what matmuls give.
-    Where `function` draws random numbers, `random` makes it draw the same ones."""
+    the last operation. Where `function` draws random numbers, `random` makes it draw the same ones."""
     if not torch.is_grad_enabled():
         return function(x)
-    kept: dict[str, Any] = {"context_fn": keep_matmuls} if torch.compiler.is_compiling() and not matmuls else {}
-    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=random, **kept)
+    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=random)
     return y
 
 
-aten = torch.ops.aten
-keep_matmuls = partial(create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default, aten.bmm.default])
+def product(linear: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """linear(cheap(x)), of which `x` is kept for the backward pass and what `cheap` gives is not.
+
+    In eager mode `linear` itself would keep that, were it not part of what is recomputed, which ends before its
+    matmul; `torch.compile` keeps only what is not marked, and does not end there.
+    """
+    if torch.compiler.is_compiling():
+        return linear(recomputed(cheap, x))
+    return recomputed(lambda x: linear(cheap(x)), x)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

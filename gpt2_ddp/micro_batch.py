@@ -116,6 +116,7 @@ def trial_on_gpu(
 
     def fits(micro_batch_size: int) -> bool:
         ids = torch.zeros(micro_batch_size, sequence_length, dtype=torch.int64, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
         try:
             with precision.autocast():
                 loss = model(ids, ids)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_ddp.kernels import causal_attention, head_loss, recomputed
+from gpt2_ddp.kernels import causal_attention, head_loss, product, recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +96,15 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, hidden: Tensor, *, matmuls: bool = False) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """From what `c_fc` gives, (B, T, 4 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        y = recomputed(lambda hidden: self.c_proj(F.gelu(hidden, approximate="tanh")), hidden, matmuls=matmuls)
+        y = product(self.c_proj, partial(F.gelu, approximate="tanh"), hidden)
         return F.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):
     """The outputs of norms and GELUs are computed again in the backward pass: they are cheap, and half of what would
-    have to be kept (`memory.training_memory` counts the rest). `matmuls` says that those are computed again, too."""
+    have to be kept (`memory.training_memory` counts the rest)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *, matmuls: bool = False) -> Tensor:
-        x = x + self.attn(recomputed(lambda x: self.attn.c_attn(self.ln_1(x)), x, matmuls=matmuls))
-        hidden = recomputed(lambda x: self.mlp.c_fc(self.ln_2(x)), x, matmuls=matmuls)
-        return x + self.mlp(hidden, matmuls=matmuls)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(product(self.attn.c_attn, self.ln_1, x))
+        x = x + self.mlp(product(self.mlp.c_fc, self.ln_2, x))
+        return x
 
 
 class GPT(nn.Module):
@@ -168,12 +168,8 @@ class GPT(nn.Module):
             raise ValueError(f"{length} tokens are more than the model's block_size {self.config.block_size}")
         positions = self.wpe(torch.arange(length, device=ids.device))
         x = F.dropout(self.wte(ids) + positions, self.config.dropout, self.training)
-        random = self.config.dropout > 0
         for block in self.h:
-            if self.activation_checkpointing:
-                x = recomputed(partial(block, matmuls=True), x, random=random, matmuls=True)
-            else:
-                x = block(x)
+            x = recomputed(block, x, random=self.config.dropout > 0) if self.activation_checkpointing else block(x)
         return self.ln_f(x)
 
     def logits(self, features: Tensor) -> Tensor:
