@@ -31,11 +31,11 @@ def keep_freed_memory() -> bool:
 def find_tcmalloc() -> str:
     """The name by which the linker knows gperftools' tcmalloc here, to be preloaded; empty where it is not installed.
 
-    Tensors are aligned, and glibc (2.36) asks for more than the tensor to align it: the place of a freed one is too
-    small for the next of its size, and a training step holds a quarter more memory than it uses. tcmalloc keeps
-    the sizes apart.
+    With glibc's allocator a training step holds more memory than it uses; the last two rungs of `bench` show how much.
+    Why is inferred from glibc 2.36: it asks for more than a tensor to align it, so that the place of a freed one is
+    too small for the next of its size. tcmalloc keeps the sizes apart.
     """
-    if not sys.platform.startswith("linux"):
+    if sys.platform != "linux":
         return ""
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""
 

@@ -30,8 +30,9 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool 
 def product(linear: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """linear(cheap(x)), of which `x` is kept for the backward pass and what `cheap` gives is not.
 
-    In eager mode `linear` itself would keep that, were it not part of what is recomputed, which ends before its
-    matmul; `torch.compile` keeps only what is not marked, and does not end there.
+    Called on its own, `linear` would keep what `cheap` gives. So in eager mode it is part of what is recomputed, which
+    ends before its matmul. `torch.compile` would compute that matmul again, but keeps nothing that is marked as
+    recomputed: there `linear` stays outside.
     """
     if torch.compiler.is_compiling():
         return linear(recomputed(cheap, x))

@@ -62,6 +62,7 @@ class Rung:
     chunked_head: bool = False
     block_attention: bool = False
     kept_memory: bool = False
+    """The process keeps what it frees, and moments and gradients come before all else, as in training."""
     tcmalloc: bool = False
     """For whoever starts the process: it has to be preloaded."""
 

@@ -59,7 +59,7 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """No gradients; on a CPU, which has no allocator that keeps the sizes of tensors apart, zeros in the same place."""
+    """No gradients; on a CPU, where the allocator may not keep the sizes of tensors apart, zeros in the same place."""
     for parameter in parameters:
         if parameter.device.type != "cpu":
             parameter.grad = None

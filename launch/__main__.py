@@ -55,7 +55,8 @@ def summary(found: Found, planned: LaunchPlan) -> str:
     gpus = ", ".join(f"{gpu.name} {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in found.gpus) or "no GPU"
     memory = f"{found.memory_bytes / 2**30:.0f} GiB of memory"
     ranks = f"{planned.nproc_per_node} rank(s) of {planned.threads_per_rank} thread(s)"
-    return f"launch: {nodes}{ranks}, on {gpus}, {len(found.cores)} core(s), {memory}"
+    preloaded = ", with tcmalloc" if "LD_PRELOAD" in planned.environment else ""
+    return f"launch: {nodes}{ranks}, on {gpus}, {len(found.cores)} core(s), {memory}{preloaded}"
 
 
 def main(argv: Sequence[str]) -> int:

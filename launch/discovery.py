@@ -121,7 +121,10 @@ def find_cpu_quota(root: Path = CONTROL_GROUPS, membership: str | None = None) -
 
 
 def find_tcmalloc() -> str:
-    """The name by which Linux's linker knows gperftools' tcmalloc; empty where it is not installed."""
+    """The name by which Linux's linker knows gperftools' tcmalloc; empty where it is not installed.
+
+    As `gpt2_ddp.allocator.find_tcmalloc`: the launcher starts any module and imports none of them.
+    """
     if sys.platform != "linux":
         return ""
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""

@@ -138,7 +138,7 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     if flags.cpu and found.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if found.tcmalloc and not gpus and not found.ld_preload:
-        environment["LD_PRELOAD"] = found.tcmalloc  # a fifth less memory for a step on a CPU
+        environment["LD_PRELOAD"] = found.tcmalloc  # why: gpt2_ddp/allocator.py
     if affinity:
         environment[AFFINITY_VARIABLE] = ";".join(",".join(map(str, cpus)) for cpus in affinity)
     return LaunchPlan(

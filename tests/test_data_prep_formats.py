@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import formats
+from data_prep import files, formats
+from data_prep.files import Files
 from data_prep.formats import (
     DOCUMENT_BYTES,
     ParquetRows,
@@ -81,9 +84,12 @@ def test_a_worker_finds_its_rows_whichever_it_gets(
         pa.table({"id": range(rows), "text": [f"row {row}" for row in range(rows)]}), path, row_group_size=group
     )
     reader = ParquetRows(path, "text")
+    assert [piece.row_group for piece in parquet_pieces(path, "text")] == list(range(math.ceil(rows / group)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "PARQUET_BYTES", piece_bytes)
         pieces = list(parquet_pieces(path, "text"))
+    cut = rows > 1 and pq.read_metadata(path).row_group(0).total_byte_size > piece_bytes
+    assert len(pieces) > math.ceil(rows / group) or not cut
     seen = 0
     for number, piece in enumerate(pieces):
         first = piece.row_group * group + piece.start
@@ -95,6 +101,15 @@ def test_a_worker_finds_its_rows_whichever_it_gets(
         if number % 5 == 0:
             assert list(reader.take(piece)) == [f"row {row}" for row in range(first, seen)]
     assert seen == rows
+
+
+def test_text_cut_otherwise_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are counted to go on after an interruption, so the count must be of the same ones."""
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    before = Files(paths=(str(tmp_path),), text_field="text").revision
+    assert Files(paths=(str(tmp_path),), text_field="text").revision == before
+    monkeypatch.setattr(files, "PARQUET_BYTES", files.PARQUET_BYTES // 2)
+    assert Files(paths=(str(tmp_path),), text_field="text").revision != before
 
 
 @settings(max_examples=50, deadline=None)

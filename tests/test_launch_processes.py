@@ -111,8 +111,12 @@ def test_ranks_on_the_cpu_run_with_tcmalloc(tmp_path: Path) -> None:
     script = tmp_path / "maps.py"
     script.write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(open('/proc/self/maps').read())")
     launch = [sys.executable, "-m", "launch", "--cpu", "--nproc-per-node=1", f"--module={script}", "--"]
-    subprocess.run([*launch, str(tmp_path / "maps")], cwd=ROOT, check=True)
+    bare = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    done = subprocess.run(
+        [*launch, str(tmp_path / "maps")], cwd=ROOT, env=bare, capture_output=True, text=True, check=True
+    )
     assert find_tcmalloc() in (tmp_path / "maps").read_text()
+    assert "with tcmalloc" in done.stderr
 
 
 def test_a_crash_without_restarts_is_status_1(toy: Path) -> None:
