@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpt2_ddp.allocator import keep_freed_memory
 from gpt2_ddp.distributed import DistContext, open_context
 from gpt2_ddp.model import GPT
 from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware
@@ -57,6 +58,8 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
         ValueError: on every rank, where any of them cannot load it.
     """
     with open_context(choice.device) as context:
+        if context.device.type == "cpu":
+            keep_freed_memory()
         path = context.together(lambda: find_model(choice.model))
         gpt = context.together(lambda: load_model(path))
         allow_tf32()

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_ddp.kernels import causal_attention, head_loss, product, recomputed
+from gpt2_ddp.kernels import causal_attention, gelu, head_loss, product, recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class CausalSelfAttention(nn.Module):
         """From what `c_attn` gives, (B, T, 3 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
         batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         heads = qkv.view(batch, length, 3, self.n_head, width // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head width)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, n_head, T, head width)
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
@@ -98,7 +97,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From what `c_fc` gives, (B, T, 4 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        y = product(self.c_proj, partial(F.gelu, approximate="tanh"), hidden)
+        y = product(self.c_proj, gelu, hidden)
         return F.dropout(y, self.dropout, self.training)
 
 
