@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp.kernels import HEAD_ROWS, QUERY_ROWS, causal_attention, head_loss
+from gpt2_ddp.kernels import HEAD_ROWS, QUERY_ROWS, causal_attention, gelu, head_loss
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -55,6 +55,20 @@ def test_attention_of_views_and_without_gradients() -> None:
     qkv = torch.randn(2, 70, 3, 4, 64).bfloat16().permute(2, 0, 3, 1, 4)
     with torch.no_grad():
         assert off(causal_attention(*qkv), defined_attention(*qkv.double())) < 0.006
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_the_compiled_gelu_is_pytorchs(dtype: torch.dtype, tolerance: float) -> None:
+    x = torch.cat((torch.linspace(-30, 30, 1001), torch.randn(1000))).to(dtype).requires_grad_()
+    y = torch.compile(gelu, backend="aot_eager")(x)
+    y.float().sum().backward()
+    true = x.detach().double().requires_grad_()
+    F.gelu(true, approximate="tanh").sum().backward()
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert true.grad is not None
+    assert off(y.detach(), F.gelu(true, approximate="tanh").detach()) < tolerance
+    assert off(x.grad, true.grad) < tolerance
 
 
 @pytest.mark.parametrize("rows", [7, 64, 300, 1000])
