@@ -148,6 +148,8 @@ def test_a_lost_or_damaged_part_is_refused(corpus: Path, tmp_path: Path) -> None
     process = start("text", corpus, "--out", tmp_path, *TOKENS)
     wait_until(lambda: sum(manifest(tmp_path).get("unfinished", {}).values()))
     kill_group(process)
+    full = [shard["name"] for shard in manifest(tmp_path)["shards"]]
     for part in tmp_path.glob("*.part"):
-        os.truncate(part, 1024)
+        if part.stem not in full:  # a full one may not have its name yet
+            os.truncate(part, 1024)
     assert "should hold" in refused("text", corpus, "--out", tmp_path, *TOKENS)
