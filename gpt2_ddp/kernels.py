@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 """Positions whose logits exist at a time in training; adding up the head's gradient costs more the fewer they are."""
-QUERY_ROWS = 256
-"""Queries whose attention weights exist at a time. Fewer leave out more of the masked half, but make small matmuls."""
+BLOCK_ROWS = 256
+"""Queries or keys whose attention weights exist at a time. Fewer leave out more of the masked half, but make small matmuls."""
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool = False) -> Tensor:
@@ -35,7 +35,7 @@ def product(linear: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tensor
     recomputed: there `linear` stays outside.
     """
     if torch.compiler.is_compiling():
-        return linear(recomputed(cheap, x))
+        return linear(recomputed(lambda x: cheap(x).to(autocast_dtype(x)), x))
     return recomputed(lambda x: linear(cheap(x)), x)
 
 
@@ -62,58 +62,72 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 class BlockAttention(torch.autograd.Function):
-    """Exact attention, a block of queries at a time; the backward pass computes the weights again.
+    """Exact attention by large matmuls: forward a block of queries at a time, backward a block of keys (Dao 2023,
+    arXiv:2307.08691, section 3.1: the weights come back from each query's log-sum-exp, with no sums over keys).
 
-    A product of bfloat16 matrices is rounded to bfloat16, which for scores far from zero would be coarse. They are
-    therefore computed twice: first for the greatest of each row, then with that subtracted inside the product, by one
-    more column in q and k, so that the weights that count have scores near zero. The result is then as good as that of
-    PyTorch's kernel, which keeps scores in float32 (tests/test_kernels.py).
+    A product of bfloat16 matrices is rounded to bfloat16, which for scores far from zero would be coarse. What is taken
+    from them is therefore subtracted inside the product, by more columns of its factors, and so for the gradients.
+    Forward that is the greatest score of a query, for which scores are computed twice. Backward, the logarithm of a
+    weight that counts lies between -log(n), for n keys alike, and 0, for one alone; the middle is moved to zero, to a
+    power of two, so that queries' gradients take the factor back without rounding. The result is about as good as that
+    of PyTorch's own kernel, which keeps both in float32 (tests/test_kernels.py).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        width = q.shape[-1]
-        q, v = q * (1 / math.sqrt(width)), v.contiguous()
-        keys = torch.cat((k, torch.ones_like(k[..., :1])), -1)
-        outputs, queries = [], []
-        for start, end in blocks(q):
-            block = q[:, :, start:end]
-            greatest = masked_scores(block, keys[:, :, :end, :width], start).amax(-1, keepdim=True)
-            queries.append(torch.cat((block, -greatest), -1))
-            weights = masked_scores(queries[-1], keys[:, :, :end], start).softmax(-1)
-            outputs.append(weights @ v[:, :, :end])
-        ctx.save_for_backward(torch.cat(queries, 2), keys, v)
-        return torch.cat(outputs, 2)
+        length, width = q.shape[2:]
+        queries, keys, values = q * (1 / math.sqrt(width)), less(k), v.contiguous()
+        outputs: list[Tensor] = []
+        logsumexps: list[Tensor] = []
+        for start in range(0, length, BLOCK_ROWS):
+            end = min(start + BLOCK_ROWS, length)
+            block = queries[:, :, start:end]
+            future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+            scores = block @ keys[:, :, :end, :width].mT
+            greatest = scores.masked_fill_(future, -math.inf).amax(-1, keepdim=True).float()
+            weights = (less(block, greatest) @ keys[:, :, :end].mT).exp_().tril_(start)
+            total = weights.sum(-1, keepdim=True, dtype=torch.float32)
+            outputs.append(((weights @ values[:, :, :end]) / total).to(q.dtype).transpose(1, 2))
+            logsumexps.append(greatest + total.log())
+        y = torch.cat(outputs, 1).transpose(1, 2)  # so laid out, the heads of a position lie side by side
+        ctx.save_for_backward(q, k, v, y, torch.cat(logsumexps, 2))
+        return y
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        queries, keys, v = ctx.saved_tensors
-        width = v.shape[-1]
-        upstream = upstream.contiguous()
-        dq, dk, dv = [], torch.zeros_like(v, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
-        for start, end in blocks(queries):
-            block, dy = queries[:, :, start:end], upstream[:, :, start:end]
-            weights = masked_scores(block, keys[:, :, :end], start).softmax(-1)
-            dv[:, :, :end] += weights.transpose(-1, -2) @ dy
-            dweights = dy @ v[:, :, :end].transpose(-1, -2)
-            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
-            dq.append(dscores @ keys[:, :, :end, :width])
-            dk[:, :, :end] += dscores.transpose(-1, -2) @ block[..., :width]
-        return torch.cat(dq, 2) * (1 / math.sqrt(width)), dk.to(v.dtype), dv.to(v.dtype)
+        q, k, v, y, logsumexp = ctx.saved_tensors
+        length, width = q.shape[2:]
+        scale = 1 / math.sqrt(width)
+        half = (torch.arange(1, length + 1, device=q.device).log2() / 2).round()[:, None]
+        queries = less(q * scale, logsumexp - half * math.log(2))
+        upstream = (upstream * (-half).exp2()).to(q.dtype)
+        gradients = less(upstream, upstream.float().mul_(y).sum(-1, keepdim=True))
+        del upstream
+        keys, values = less(k), less(v)
+        dq = q.new_zeros((*q.shape[:2], 0, width), dtype=torch.float32)
+        dk: list[Tensor] = []
+        dv: list[Tensor] = []
+        for start in reversed(range(0, length, BLOCK_ROWS)):
+            end = start + BLOCK_ROWS
+            weights = (queries[:, :, start:] @ keys[:, :, start:end].mT).exp_().tril_()
+            dv.insert(0, weights.mT @ gradients[:, :, start:, :width])
+            dscores = (gradients[:, :, start:] @ values[:, :, start:end].mT).mul_(weights)
+            del weights
+            dk.insert(0, dscores.mT @ queries[:, :, start:, :width])
+            tail, dq = dq, (dscores @ keys[:, :, start:end, :width]).float()
+            dq[:, :, BLOCK_ROWS:] += tail
+        return (dq * scale).to(q.dtype), torch.cat(dk, 2), torch.cat(dv, 2)
 
 
-def blocks(q: Tensor) -> list[tuple[int, int]]:
-    """Where each block of queries begins and ends."""
-    length = q.shape[2]
-    return [(start, min(start + QUERY_ROWS, length)) for start in range(0, length, QUERY_ROWS)]
+def less(rows: Tensor, amount: Tensor | None = None) -> Tensor:
+    """Two columns more, (..., n) -> (..., n + 2), so that less(a, amount) @ less(b).mT is a @ b.mT - amount.
 
-
-def masked_scores(q: Tensor, keys: Tensor, start: int) -> Tensor:
-    """q times keys, minus infinity where the key comes after the query; q begins at position `start`, keys at 0."""
-    scores = q @ keys.transpose(-1, -2)
-    future = torch.full((q.shape[2], q.shape[2]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores[..., start:] += future
-    return scores
+    `amount`, (..., 1) float32, takes two numbers of the dtype of `rows` to be exact enough.
+    """
+    if amount is None:
+        return F.pad(rows, (0, 2), value=1.0)
+    high = amount.to(rows.dtype)
+    return torch.cat((rows, -high, (high - amount).to(rows.dtype)), -1)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

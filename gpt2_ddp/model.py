@@ -81,7 +81,7 @@ class CausalSelfAttention(nn.Module):
         """From what `c_attn` gives, (B, T, 3 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
         batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         heads = qkv.view(batch, length, 3, self.n_head, width // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head width)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, n_head, T, head width)
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
