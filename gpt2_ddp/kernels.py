@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 """Positions whose logits exist at a time in training; adding up the head's gradient costs more the fewer they are."""
 BLOCK_ROWS = 256
-"""Queries or keys whose attention weights exist at a time. Fewer leave out more of the masked half, but make small matmuls."""
+"""Queries or keys whose attention weights exist at a time; fewer leave out more that is masked, by smaller matmuls."""
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, *, random: bool = False) -> Tensor:
@@ -32,7 +32,7 @@ def product(linear: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tensor
 
     Called on its own, `linear` would keep what `cheap` gives. So in eager mode it is part of what is recomputed, which
     ends before its matmul. `torch.compile` would compute that matmul again, but keeps nothing that is marked as
-    recomputed: there `linear` stays outside.
+    recomputed: there `linear` stays outside, and only its cast of the input is inside.
     """
     if torch.compiler.is_compiling():
         return linear(recomputed(lambda x: cheap(x).to(autocast_dtype(x)), x))
@@ -66,17 +66,18 @@ class BlockAttention(torch.autograd.Function):
     arXiv:2307.08691, section 3.1: the weights come back from each query's log-sum-exp, with no sums over keys).
 
     A product of bfloat16 matrices is rounded to bfloat16, which for scores far from zero would be coarse. What is taken
-    from them is therefore subtracted inside the product, by more columns of its factors, and so for the gradients.
-    Forward that is the greatest score of a query, for which scores are computed twice. Backward, the logarithm of a
-    weight that counts lies between -log(n), for n keys alike, and 0, for one alone; the middle is moved to zero, to a
-    power of two, so that queries' gradients take the factor back without rounding. The result is about as good as that
-    of PyTorch's own kernel, which keeps both in float32 (tests/test_kernels.py).
+    from them is therefore subtracted inside the product, by one or two more columns of its factors, and so for their
+    gradients. Forward that is the greatest score of each query, for which the scores are computed twice. Backward, the
+    logarithm of a weight that counts lies between -log(n), for n keys alike, and 0, for one alone; the middle is moved
+    to zero, to a power of two, so that queries' gradients take the factor back without rounding. Errors are at most
+    twice those of PyTorch's own kernel, which keeps scores and their gradients in float32 (tests/test_kernels.py).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length, width = q.shape[2:]
-        queries, keys, values = q * (1 / math.sqrt(width)), less(k), v.contiguous()
+        queries, values = q * (1 / math.sqrt(width)), v.contiguous()
+        keys = F.pad(k, (0, 1), value=1.0)  # other than below: the compiler would keep equal ones, and k as well
         outputs: list[Tensor] = []
         logsumexps: list[Tensor] = []
         for start in range(0, length, BLOCK_ROWS):
@@ -84,11 +85,11 @@ class BlockAttention(torch.autograd.Function):
             block = queries[:, :, start:end]
             future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
             scores = block @ keys[:, :, :end, :width].mT
-            greatest = scores.masked_fill_(future, -math.inf).amax(-1, keepdim=True).float()
-            weights = (less(block, greatest) @ keys[:, :, :end].mT).exp_().tril_(start)
+            greatest = scores.masked_fill_(future, -math.inf).amax(-1, keepdim=True)
+            weights = (torch.cat((block, -greatest), -1) @ keys[:, :, :end].mT).exp_().tril_(start)
             total = weights.sum(-1, keepdim=True, dtype=torch.float32)
             outputs.append(((weights @ values[:, :, :end]) / total).to(q.dtype).transpose(1, 2))
-            logsumexps.append(greatest + total.log())
+            logsumexps.append(total.log() + greatest)
         y = torch.cat(outputs, 1).transpose(1, 2)  # so laid out, the heads of a position lie side by side
         ctx.save_for_backward(q, k, v, y, torch.cat(logsumexps, 2))
         return y
@@ -171,7 +172,7 @@ class HeadLoss(torch.autograd.Function):
                 elif weight_gradient.dtype == dtype:
                     weight_gradient.addmm_(gradient.t(), x)  # without a product of its own
                 else:
-                    weight_gradient.add_(gradient.t() @ x)
+                    accumulate(weight_gradient, gradient.t() @ x)
             del gradient  # else it would live beside the next chunk's
         if weight_gradient is not None:
             ctx.save_for_backward(torch.cat(gradients), weight_gradient)
@@ -182,6 +183,12 @@ class HeadLoss(torch.autograd.Function):
         features_gradient, weight_gradient = ctx.saved_tensors
         scale = upstream / len(features_gradient)
         return features_gradient.to(scale.dtype) * scale, weight_gradient.mul_(scale), None, None
+
+
+@torch.library.custom_op("gpt2_ddp::accumulate", mutates_args={"total"})
+def accumulate(total: Tensor, part: Tensor) -> None:
+    """Add `part` to `total` here and now: `torch.compile` would keep the parts of all chunks, to add them at once."""
+    total.add_(part)
 
 
 def chunk_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.kernels import head_loss
 from gpt2_ddp.memory import USABLE, TrainingMemory, parameter_count, training_memory
 from gpt2_ddp.micro_batch import choose_micro_batch, largest_fitting, require_fit
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
@@ -117,16 +118,37 @@ def test_flops_are_those_of_a_counted_step_of_every_size(name: str) -> None:
     assert counter.get_total_flops() == SIZES[name].flops_per_token(1024) * ids.numel()
 
 
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes that PyTorch has given out at a time to `run`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("vocab_size", "batch"), [(512, 12), (4096, 4), (4096, 12)])
 def test_the_sum_is_what_pytorch_has_given_out_at_the_peak(dtype: torch.dtype, vocab_size: int, batch: int) -> None:
     config = replace(footprint.CONFIG, vocab_size=vocab_size)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        footprint.train(config, dtype, batch)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    found = max(itertools.accumulate(event.nbytes() for event in events))
+    found = peak(lambda: footprint.train(config, dtype, batch))
     assert reckon(config, batch, footprint.LENGTH, dtype).total == pytest.approx(found, rel=0.06)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_more_chunks_of_the_head_take_no_more_memory(compiled: bool) -> None:
+    weight = torch.randn(4096, 64, requires_grad=True)
+
+    def step(chunks: int) -> None:
+        loss = torch.compile(head_loss, dynamic=False) if compiled else head_loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss(torch.zeros(chunks * 16, 64), weight, torch.zeros(chunks * 16, dtype=torch.int64), 16).backward()
+        weight.grad = None
+
+    for chunks in (4, 12):
+        step(chunks)
+    part = weight.numel() * torch.bfloat16.itemsize
+    assert peak(lambda: step(12)) < peak(lambda: step(4)) + part
 
 
 def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
