@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 HEAD_ROWS = {"cpu": 512, "cuda": 4096}
 """Positions whose logits exist at a time in training; adding up the head's gradient costs more the fewer they are."""
+PRODUCT_ROWS = 1024
+"""Rows of the head's gradient that are added up at a time on a CPU."""
 BLOCK_ROWS = 256
 """Queries or keys whose attention weights exist at a time; fewer leave out more that is masked, by smaller matmuls."""
 
@@ -161,18 +163,17 @@ class HeadLoss(torch.autograd.Function):
         dtype = autocast_dtype(features)
         lowered = weight.to(dtype)
         total = features.new_zeros((), dtype=torch.float32)
-        gradients, weight_gradient = [], None
+        gradients: list[Tensor] = []
+        weight_gradient = torch.zeros_like(weight) if any(ctx.needs_input_grad) else None
         for x, target in zip(torch.split(features.to(dtype), rows), torch.split(targets[:, None], rows), strict=True):
             loss, gradient = chunk_loss(x @ lowered.t(), target)
             total = total + loss
-            if any(ctx.needs_input_grad):
+            if weight_gradient is not None:
                 gradients.append(gradient @ lowered)
-                if weight_gradient is None:
-                    weight_gradient = (gradient.t() @ x).to(weight.dtype)
-                elif weight_gradient.dtype == dtype:
+                if weight_gradient.dtype == dtype:
                     weight_gradient.addmm_(gradient.t(), x)  # without a product of its own
                 else:
-                    accumulate(weight_gradient, gradient.t() @ x)
+                    accumulate(weight_gradient, gradient, x)
             del gradient  # else it would live beside the next chunk's
         if weight_gradient is not None:
             ctx.save_for_backward(torch.cat(gradients), weight_gradient)
@@ -186,9 +187,12 @@ class HeadLoss(torch.autograd.Function):
 
 
 @torch.library.custom_op("gpt2_ddp::accumulate", mutates_args={"total"})
-def accumulate(total: Tensor, part: Tensor) -> None:
-    """Add `part` to `total` here and now: `torch.compile` would keep the parts of all chunks, to add them at once."""
-    total.add_(part)
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left.t() @ right to `total` here and now: `torch.compile` would keep the products of all chunks, to add them
+    at once. On a CPU so many rows at a time that the product and its copy in float32 never leave the cache."""
+    rows = PRODUCT_ROWS if total.device.type == "cpu" else len(total)
+    for part, columns in zip(torch.split(total, rows), torch.split(left, rows, dim=1), strict=True):
+        part.add_(columns.t() @ right)
 
 
 def chunk_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

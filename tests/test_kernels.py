@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp.kernels import BLOCK_ROWS, HEAD_ROWS, causal_attention, gelu, head_loss
+from gpt2_ddp.kernels import BLOCK_ROWS, HEAD_ROWS, PRODUCT_ROWS, causal_attention, gelu, head_loss
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -87,8 +87,9 @@ def test_the_compiled_gelu_is_pytorchs(dtype: torch.dtype, tolerance: float) -> 
 def test_the_head_is_its_definition(rows: int, dtype: torch.dtype | None, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(300, 16, generator=generator).requires_grad_()
-    weight = torch.randn(500, 16, generator=generator).requires_grad_()
-    targets = torch.randint(500, (300,), generator=generator)
+    vocab_size = PRODUCT_ROWS + 300
+    weight = torch.randn(vocab_size, 16, generator=generator).requires_grad_()
+    targets = torch.randint(vocab_size, (300,), generator=generator)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         loss = head_loss(features, weight, targets, rows)
         with torch.no_grad():

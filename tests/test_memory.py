@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.kernels import head_loss
+from gpt2_ddp.kernels import PRODUCT_ROWS, accumulate, head_loss
 from gpt2_ddp.memory import USABLE, TrainingMemory, parameter_count, training_memory
 from gpt2_ddp.micro_batch import choose_micro_batch, largest_fitting, require_fit
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
@@ -96,6 +96,17 @@ def product_flops(_: list[int], left: list[int], right: list[int], **_more: obje
     return 2 * left[0] * left[1] * right[1]
 
 
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_flops_per_token_are_those_that_a_counted_step_spends(n_layer: int) -> None:
+    config = GPTConfig(block_size=32, vocab_size=128, n_layer=n_layer, n_head=2, n_embd=64)
+    model = GPT(config).init_weights(0)
+    ids = torch.zeros(3, 24, dtype=torch.int64)
+    counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops})
+    with counting as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, ids).backward()
+    assert counter.get_total_flops() == config.flops_per_token(24) * ids.numel()
+
+
 class Step(nn.Module):
     """A forward and a backward pass, so that both have the parameters that it is called with."""
 
@@ -149,6 +160,13 @@ def test_more_chunks_of_the_head_take_no_more_memory(compiled: bool) -> None:
         step(chunks)
     part = weight.numel() * torch.bfloat16.itemsize
     assert peak(lambda: step(12)) < peak(lambda: step(4)) + part
+
+
+def test_what_is_added_to_the_heads_gradient_never_exists_whole() -> None:
+    total, left, right = torch.zeros(8 * PRODUCT_ROWS, 64), torch.ones(4, 8 * PRODUCT_ROWS), torch.ones(4, 64)
+    product = PRODUCT_ROWS * 64 * (torch.bfloat16.itemsize + torch.float32.itemsize)  # and its copy
+    assert peak(lambda: accumulate(total, left.bfloat16(), right.bfloat16())) <= left.nbytes + product
+    assert torch.equal(total, torch.full_like(total, 4))
 
 
 def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
