@@ -66,9 +66,10 @@ def training_memory(
     norms in float32, q, k, v, what attention gives, and GELU's input; the lowered copies of the matrices; and what
     `kernels.HeadLoss` holds: each token's features and their gradient (where matmuls have another dtype, also two
     copies in float32), a chunk's logits, their gradient in float32 and, where that is another dtype, in theirs; the
-    head's own gradient and, in such a dtype, a chunk's part of it. In the backward pass of a block that is the head's
-    gradient, those of GELU's output and input, and that of the residual stream. With activation checkpointing each
-    block keeps its input alone, and the one whose backward pass it is all the others.
+    head's own gradient and, in such a dtype, a chunk's part of it (on a CPU only a slice of that exists). In the
+    backward pass of a block that is the head's gradient, those of GELU's output and input, and that of the residual
+    stream. With activation checkpointing each block keeps its input alone, and the one whose backward pass it is all
+    the others.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
     mixed = dtype != torch.float32
