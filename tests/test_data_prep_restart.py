@@ -22,9 +22,9 @@ TOKENS = ("--shard-tokens", 20_000, "--val-tokens", 30_000, "--workers", 2)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 600,000 tokens in 35 chunks."""
+    """About 3,000,000 tokens in 175 chunks, which take longer than it takes to send a signal."""
     path = tmp_path_factory.mktemp("corpus") / "texts.parquet"
-    pq.write_table(pa.table({"text": documents(350)}), path, row_group_size=10)
+    pq.write_table(pa.table({"text": documents(1750)}), path, row_group_size=10)
     return path
 
 
