@@ -50,7 +50,7 @@ def refused(*arguments: object) -> str:
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
-    """Start it in a process group of its own."""
+    """Start it in a process group of its own, where SIGINT interrupts it, even if tests run behind a `&`."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         env=environment(NO_NETWORK),
@@ -58,6 +58,7 @@ def start(*arguments: object) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
