@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from gpt2_ddp import gradients, optim, pretrained
 from gpt2_ddp.allocator import keep_freed_memory
+from gpt2_ddp.cli import OneRankError
+from gpt2_ddp.compilation import CompiledGPT
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
@@ -98,31 +103,61 @@ def trainable(
 
     DDP orders its buckets anew after the first backward of a process. Were that a step of training, a resumed
     process would add the gradients of its first step in another order than the uninterrupted one did.
+
+    Raises:
+        ValueError: where a micro-batch does not fit into a GPU's memory.
     """
-    ids = torch.zeros(plan.micro_batch_size, plan.sequence_length, dtype=torch.int64, device=context.device)
-
-    def warm_up(module: nn.Module) -> None:
-        with precision.autocast():
-            loss = module(ids, ids)
-        loss.backward()
-        optim.zero_gradients(model.parameters())
-
     train_model: nn.Module = model
     if compiles(config, hardware):
-        reason = None
-        if context.is_main:
-            print("compiling the training step; the first time this takes a minute or more", flush=True)
-        try:
-            train_model = torch.compile(model)  # type: ignore[assignment]
-            warm_up(train_model)
-        except Exception as error:  # a compiler fails in more ways than can be listed
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        if context.any(reason is not None):
-            train_model = model
-            if reason:
-                warn(f"torch.compile failed ({reason}): training without it")
-    wrapped = train_model if config.reproducible else context.wrap(train_model)
-    if wrapped is not train_model:
-        warm_up(wrapped)
-        warm_up(wrapped)  # the buckets are ordered anew when the second pass begins
+        train_model = compiled_or_not(context, plan, precision, model)
+    if config.reproducible or context.world_size == 1:
+        return train_model
+    torch._dynamo.config.optimize_ddp = False  # it cuts graphs where buckets end, and a block is small enough
+    wrapped = context.wrap(train_model)
+    with fitting(plan):
+        for _ in range(2):  # the buckets are ordered anew when the second pass begins
+            model.zero_grad(set_to_none=True)  # else two sets of buckets, or a third of gradients, would live at once
+            warm_up(wrapped, plan, precision, context.device)
+    optim.zero_gradients(model.parameters(), in_place=True)
     return wrapped
+
+
+def compiled_or_not(context: DistContext, plan: BatchPlan, precision: Precision, model: GPT) -> nn.Module:
+    """`model` compiled, if that works on every rank; else itself, and each rank on which it failed says why."""
+    compiled, reason = CompiledGPT(model), None
+    if context.is_main:
+        print("compiling the training step; the first time this takes a minute or more", flush=True)
+    try:
+        with fitting(plan):
+            warm_up(compiled, plan, precision, context.device)
+    except OneRankError:
+        raise
+    except Exception as error:  # a compiler fails in more ways than can be listed
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warn(f"torch.compile failed ({reason}): training without it")
+    optim.zero_gradients(model.parameters())
+    return model if context.any(reason is not None) else compiled
+
+
+def warm_up(module: nn.Module, plan: BatchPlan, precision: Precision, device: torch.device) -> None:
+    """A forward and backward pass of one micro-batch as training gives it: a view of rows that are a token longer."""
+    tokens = torch.zeros(plan.micro_batch_size, plan.sequence_length + 1, dtype=torch.int64, device=device)
+    with precision.autocast():
+        loss = module(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+
+
+@contextmanager
+def fitting(plan: BatchPlan) -> Iterator[None]:
+    """Within it, a GPU that runs out of memory is the user's mistake.
+
+    Raises:
+        OneRankError: which says what to do; torchrun then ends the other ranks.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OneRankError(
+            f"a micro-batch of {plan.micro_batch_size} sequences does not fit into the GPU's memory: take a smaller "
+            "--micro-batch-size, or auto, or --activation-checkpointing"
+        ) from error

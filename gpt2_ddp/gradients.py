@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.distributed import DistContext, grad_sync
 
@@ -22,6 +23,8 @@ class GradientReduction(Protocol):
 
     weight: float
     """What the loss of a micro-batch is multiplied with before its backward pass."""
+    zero_in_place: bool
+    """Whether the gradients must stay where they are when they are zeroed."""
 
     def micro_step(self, number: int) -> AbstractContextManager[None]:
         """The context of micro-step `number`, counted from 1, forward and backward."""
@@ -38,6 +41,7 @@ class DDPReduction:
 
     def __init__(self, module: nn.Module, context: DistContext, micro_steps: int) -> None:
         self.weight = 1 / micro_steps
+        self.zero_in_place = isinstance(module, DistributedDataParallel)
         self._module, self._context, self._micro_steps = module, context, micro_steps
         self._loss = torch.zeros((), device=context.device)
 
@@ -62,6 +66,7 @@ class TreeReduction:
 
     def __init__(self, module: nn.Module, context: DistContext, micro_steps: int) -> None:
         self.weight = 1 / (micro_steps * context.world_size)
+        self.zero_in_place = False
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._context = context
         self._partial: list[tuple[int, list[Tensor]]] = []  # (level, loss and gradients), the levels falling

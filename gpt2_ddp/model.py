@@ -7,6 +7,7 @@ Parameters carry the names of the original release: `wte`, `wpe`, `h.0.attn.c_at
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,12 +80,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """From what `c_attn` gives, (B, T, 3 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        heads = qkv.view(batch, length, 3, self.n_head, width // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind()  # each (B, n_head, T, head width)
+        parts = qkv.split(qkv.shape[2] // 3, dim=2)
+        q, k, v = (part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in parts)  # (B, n_head, T, head width)
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout)
-        y = self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
         return F.dropout(y, dropout)
 
 
@@ -116,6 +116,16 @@ class Block(nn.Module):
         x = x + self.attn(product(self.attn.c_attn, self.ln_1, x))
         x = x + self.mlp(product(self.mlp.c_fc, self.ln_2, x))
         return x
+
+
+RunBlock = Callable[..., Tensor]
+"""`run_block`, or that compiled."""
+
+
+def run_block(block: Block, x: Tensor, *, again: bool, random: bool) -> Tensor:
+    """block(x), (B, T, n_embd) -> the same; with `again` all of it is computed again in the backward pass, which needs
+    `random` where it draws random numbers."""
+    return recomputed(block, x, random=random) if again else block(x)
 
 
 class GPT(nn.Module):
@@ -156,8 +166,8 @@ class GPT(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
         return self
 
-    def features(self, ids: Tensor) -> Tensor:
-        """What the head reads: ids (B, T) int64 -> (B, T, n_embd), after the last norm.
+    def features(self, ids: Tensor, run: RunBlock = run_block) -> Tensor:
+        """What the head reads: ids (B, T) int64 -> (B, T, n_embd), after the last norm. `run` runs each block.
 
         Raises:
             ValueError: where T is more than `block_size`.
@@ -168,7 +178,7 @@ class GPT(nn.Module):
         positions = self.wpe(torch.arange(length, device=ids.device))
         x = F.dropout(self.wte(ids) + positions, self.config.dropout, self.training)
         for block in self.h:
-            x = recomputed(block, x, random=self.config.dropout > 0) if self.activation_checkpointing else block(x)
+            x = run(block, x, again=self.activation_checkpointing, random=self.config.dropout > 0)
         return self.ln_f(x)
 
     def logits(self, features: Tensor) -> Tensor:

@@ -58,15 +58,23 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         zero_gradients(group["params"])
 
 
-def zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """No gradients; on a CPU, where the allocator may not keep the sizes of tensors apart, zeros in the same place."""
+def zero_gradients(parameters: Iterable[nn.Parameter], *, in_place: bool = False) -> None:
+    """No gradients; with `in_place`, and always on a CPU, zeros where the gradients are.
+
+    On a CPU the allocator may not keep the sizes of tensors apart. Under DDP the gradients are views of its buckets,
+    which stay: without these views the micro-steps under `no_sync` would allocate a second set beside them.
+    """
+    kept: list[Tensor] = []
     for parameter in parameters:
-        if parameter.device.type != "cpu":
-            parameter.grad = None
-        elif parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        if in_place or parameter.device.type == "cpu":
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                kept.append(parameter.grad)
         else:
-            parameter.grad.zero_()
+            parameter.grad = None
+    if kept:
+        torch._foreach_zero_(kept)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -100,13 +108,18 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
 
 def apply_update(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, loss: Tensor, grad_clip: float
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    loss: Tensor,
+    grad_clip: float,
+    zero_in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Unscale, clip and update, unless `loss` or a gradient is not finite: then nothing changes at all.
 
     `loss` and the gradients must be the same on every rank, so that every rank skips or none. The host is not waited
     for: fused optimizers leave the update out on the device where `found_inf` is 1, which is how a `GradScaler`
-    talks to them.
+    talks to them. Then the gradients are zeroed, as `zero_gradients` does.
 
     Returns:
         The norm of the gradient before clipping and whether the update was skipped, 0-dim on the device.
@@ -120,7 +133,7 @@ def apply_update(
     optimizer.step()  # not by `scaler.step`, which knows of bad gradients, but not of a norm past float32
     if scaler.is_enabled():
         scaler.update()
-    zero_gradients(parameters)
+    zero_gradients(parameters, in_place=zero_in_place)
     return norm, skipped
 
 

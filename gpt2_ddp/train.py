@@ -95,7 +95,13 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    norm, skipped = optim.apply_update(run.optimizer, scaler, loss=mean_loss, grad_clip=config.grad_clip)
+    norm, skipped = optim.apply_update(
+        run.optimizer,
+        scaler,
+        loss=mean_loss,
+        grad_clip=config.grad_clip,
+        zero_in_place=run.reduction.zero_in_place,
+    )
     run.skips.add(skipped)
     return StepResult(loss=mean_loss, grad_norm=norm, lr=lr)
 
