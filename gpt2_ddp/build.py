@@ -23,7 +23,7 @@ from gpt2_ddp.data import (
     require_same_data,
 )
 from gpt2_ddp.distributed import DistContext, release
-from gpt2_ddp.gradients import GradientReduction
+from gpt2_ddp.gradients import GradientReduction, use_deterministic_kernels
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
 from gpt2_ddp.lock import sole_use
@@ -100,7 +100,9 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     hardware = found_hardware(context.device)
     dtype, warning = choose_dtype(config.dtype, hardware)
     precision = Precision.of(dtype, context.device)
-    config = settle_micro_batch(config, context, precision)
+    if config.reproducible:
+        use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
+    config = settle_micro_batch(config, context, precision, hardware)
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)

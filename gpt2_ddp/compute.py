@@ -57,7 +57,7 @@ def choose_numerics(
     dtype: torch.dtype,
     found: Resume,
 ) -> dict[str, object]:
-    """What bits depend on beside the configuration: checked against every rank and the resumed run, and set up.
+    """What bits depend on beside the configuration, checked against every rank and the resumed run.
 
     Raises:
         ValueError: where it differs, or the micro-batches and ranks make no full binary tree.
@@ -73,7 +73,6 @@ def choose_numerics(
     saved = (found.state.get("numerics") or {}) if found.path else None
     gradients.require_same_numerics(context.gather(numerics), saved)
     gradients.require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
-    gradients.use_deterministic_kernels(context.device)
     return numerics
 
 

@@ -21,7 +21,7 @@ LARGE_MEMORY = 36 * 10**9
 PRODUCT_ROWS = 1024
 """Rows of the head's gradient that are added up at a time on a CPU."""
 FLOAT32_SUMS = "2.10"
-"""The version of torch from which `torch.addmm(..., out_dtype=torch.float32)` takes a sum in float32 (pytorch#167931)."""
+"""The torch from which `addmm(..., out_dtype=torch.float32)` adds to a sum in float32 (pytorch pull request 167931)."""
 BLOCK_ROWS = 256
 """Queries or keys whose attention weights exist at a time; fewer leave out more that is masked, by smaller matmuls."""
 
@@ -254,7 +254,7 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left.t(), right)
     elif total.device.type in ("cuda", "meta") and torch.__version__ >= FLOAT32_SUMS:
-        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
         rows = PRODUCT_ROWS if total.device.type == "cpu" else len(total)
         if left.dtype == torch.float16:

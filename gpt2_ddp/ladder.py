@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.allocator import find_tcmalloc, keep_freed_memory
+from gpt2_ddp.compilation import CompiledGPT
 from gpt2_ddp.distributed import DistContext, grad_sync
 from gpt2_ddp.model import GPT, GPTConfig, model_config
 from gpt2_ddp.optim import allocate_state, apply_update, parameter_groups
@@ -148,7 +150,9 @@ def measure(shapes: Shapes, rung: Rung, context: DistContext) -> tuple[list[floa
     dtype = choose_dtype("auto" if rung.mixed else "float32", found_hardware(device))[0]
     precision = Precision.of(dtype, device)
     model = rung_model(shapes, rung).to(device)
-    train_model: nn.Module = torch.compile(model) if rung.compiled else model  # type: ignore[assignment]
+    train_model: nn.Module = model
+    if rung.compiled:
+        train_model = CompiledGPT(model) if rung.chunked_head else torch.compile(model)  # type: ignore[assignment]
     train_model = context.wrap(train_model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, fused=rung.fused_optimizer)
     if rung.kept_memory:
@@ -178,7 +182,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precisio
             precision.scaler.scale(loss).backward()
         total += loss.detach()
     if optimizer.defaults["fused"]:
-        apply_update(optimizer, precision.scaler, loss=total, grad_clip=1.0)
+        in_place = isinstance(model, DistributedDataParallel)
+        apply_update(optimizer, precision.scaler, loss=total, grad_clip=1.0, zero_in_place=in_place)
     else:
         precision.scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)

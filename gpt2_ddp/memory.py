@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from gpt2_ddp import cli
-from gpt2_ddp.kernels import HEAD_ROWS
+from gpt2_ddp.kernels import LARGE_HEAD_ROWS, LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model import SIZES, GPTConfig
 from gpt2_ddp.precision import Hardware, choose_dtype, peak_flops
 
@@ -58,28 +58,37 @@ def training_memory(
     sequence_length: int,
     dtype: torch.dtype,
     device_type: str,
+    device_memory: int = 0,
+    compiled: bool = False,
     activation_checkpointing: bool = False,
 ) -> TrainingMemory:
-    """Memory of training with AdamW, float32 weights and autocast to `dtype`, without compilation.
+    """Memory of training with AdamW, float32 weights and autocast to `dtype`, on one rank or under DDP.
 
-    Counted are the tensors that autograd keeps: for each token and block, in units of n_embd, the inputs of the two
-    norms in float32, q, k, v, what attention gives, and GELU's input; the lowered copies of the matrices; and what
-    `kernels.HeadLoss` holds: each token's features and their gradient (where matmuls have another dtype, also two
-    copies in float32), a chunk's logits, their gradient in float32 and, where that is another dtype, in theirs; the
-    head's own gradient and, in such a dtype, a chunk's part of it (on a CPU only a slice of that exists). In the
-    backward pass of a block that is the head's gradient, those of GELU's output and input, and that of the residual
-    stream. With activation checkpointing each block keeps its input alone, and the one whose backward pass it is all
-    the others.
+    DDP's buckets hold the gradients, and nothing else does. Counted are the tensors that autograd keeps: for each token
+    and block, in units of n_embd, the inputs of the two norms in float32, q, k, v, what attention gives, and GELU's
+    input; the lowered copies of the matrices; and what `kernels.HeadLoss` holds: each token's features and their
+    gradient (where matmuls have another dtype, also two copies in float32), a chunk's logits, their gradient in float32
+    (not where the loss is compiled) and, where that is another dtype, in theirs; the head's own gradient and, in such a
+    dtype, a chunk's part of it (on a CPU only a slice of that exists). In the backward pass of a block that is the
+    head's gradient, those of GELU's output and input, and that of the residual stream; compiled, also the gradients of
+    the block's weights, which it hands over all at once. With activation checkpointing each block keeps its input
+    alone, and the one whose backward pass it is all the others. The rows of the head's chunks follow from
+    `device_memory`, the bytes that the device has.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
     mixed = dtype != torch.float32
     block = 2 * 4 + width * (3 + 1 + 4)
     matrix = config.vocab_size * config.n_embd
-    rows = min(tokens, HEAD_ROWS.get(device_type, HEAD_ROWS["cpu"]))
-    head = 2 * width * tokens * config.n_embd + 4 * matrix + rows * config.vocab_size * 4
+    rows = min(tokens, head_rows_for(device_type, device_memory))
+    head = 2 * width * tokens * config.n_embd + 4 * matrix
+    logits = rows * config.vocab_size
     if mixed:
-        head += width * (matrix + 2 * rows * config.vocab_size) + 2 * 4 * tokens * config.n_embd
+        head += width * matrix + 2 * 4 * tokens * config.n_embd + logits * (2 * width + (0 if compiled else 4))
+    else:
+        head += logits * (2 * 4 if compiled and device_type != "cpu" else 4)
     backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + (block if activation_checkpointing else 0))
+    if compiled:
+        backward += 4 * 12 * config.n_embd**2
     return TrainingMemory(
         weights=4 * count,
         gradients=4 * count,
@@ -101,6 +110,8 @@ def fits_into(
     sequence_length: int,
     dtype: torch.dtype,
     device_type: str,
+    device_memory: int = 0,
+    compiled: bool = False,
     activation_checkpointing: bool = False,
 ) -> Callable[[int], bool]:
     """Whether a micro-batch fits into the usable part of `memory` bytes, by `training_memory`."""
@@ -112,6 +123,8 @@ def fits_into(
             sequence_length=sequence_length,
             dtype=dtype,
             device_type=device_type,
+            device_memory=device_memory,
+            compiled=compiled,
             activation_checkpointing=activation_checkpointing,
         )
         return needed.total < USABLE.get(device_type, USABLE["cpu"]) * memory
@@ -158,7 +171,8 @@ it reads (weights, gradients, two moments) and writes (weights, two moments) onc
 ## Memory of one GPU by micro-batch, GiB
 
 Fixed: weights, gradients, moments, and the weights in the dtype of the matmuls. The rest grows with the micro-batch.
-Counted is what PyTorch keeps without `torch.compile`; the CUDA context and the allocator's unused parts come on top.
+Counted is what PyTorch keeps when the blocks are compiled, on one GPU or under DDP, with {rows} rows of the head at a
+time, as on a card of 40 GB or more; the CUDA context and the allocator's unused parts come on top.
 
 {memory}
 
@@ -178,6 +192,7 @@ def gpu_page(sequence_length: int = 1024) -> str:
         length=length,
         usable=f"{USABLE['cuda']:.0%}",
         most=MICRO_BATCHES[-1],
+        rows=LARGE_HEAD_ROWS,
         work=table(
             ["", "parameters", "GFLOP a token", "all-reduce, GB", "AdamW, GB"],
             ([name, *work(SIZES[name], length)] for name in PUBLISHED),
@@ -211,7 +226,13 @@ def by_micro_batch(config: GPTConfig, length: int) -> list[str]:
 def on_gpu(config: GPTConfig, size: int, length: int) -> TrainingMemory:
     """What a micro-batch of `size` sequences needs with matmuls in two bytes."""
     return training_memory(
-        config, micro_batch_size=size, sequence_length=length, dtype=torch.float16, device_type="cuda"
+        config,
+        micro_batch_size=size,
+        sequence_length=length,
+        dtype=torch.float16,
+        device_type="cuda",
+        device_memory=LARGE_MEMORY,
+        compiled=True,
     )
 
 
@@ -229,6 +250,8 @@ def card_row(card: Card, length: int) -> list[str]:
                         sequence_length=length,
                         dtype=card.dtype,
                         device_type="cuda",
+                        device_memory=card.memory,
+                        compiled=True,
                         activation_checkpointing=again,
                     ),
                     MICRO_BATCHES,
