@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """From what `c_attn` gives, (B, T, 3 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        parts = qkv.split(qkv.shape[2] // 3, dim=2)
+        parts = torch.split(qkv, qkv.shape[2] // 3, dim=2)
         q, k, v = (part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in parts)  # (B, n_head, T, head width)
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout)

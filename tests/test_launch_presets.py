@@ -20,7 +20,8 @@ PRESETS = {
     "gpt2_124m_8xa100.sh": (8, "gpt2", 524_288),
     "gpt2_350m_8xa100.sh": (8, "gpt2-medium", 524_288),
     "gpt2_774m_8xa100.sh": (8, "gpt2-large", 524_288),
-    "gpt2_1558m_8xa100.sh": (8, "gpt2-xl", 1_048_576),
+    "gpt2_1558m_8xa100_40gb.sh": (8, "gpt2-xl", 1_048_576),
+    "gpt2_1558m_8xa100_80gb.sh": (8, "gpt2-xl", 1_048_576),
 }
 HEADLINE = {"gpt2_124m_8xa100.sh": 19_073}
 

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import running
 import torch
+import torch.distributed as dist
 from drivers import footprint
-from running import ROOT, environment, final_hashes, python
+from running import ROOT, environment
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2_ddp.compilation import CompiledGPT
 from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.gradients import DDPReduction
 from gpt2_ddp.kernels import PRODUCT_ROWS, accumulate, head_loss
 from gpt2_ddp.memory import USABLE, TrainingMemory, parameter_count, training_memory
-from gpt2_ddp.micro_batch import choose_micro_batch, largest_fitting, require_fit
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
+from gpt2_ddp.optim import zero_gradients
 from gpt2_ddp.precision import Precision
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
@@ -72,13 +77,17 @@ def test_activations_are_what_a_forward_pass_leaves_behind(dtype: torch.dtype, c
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_backward_pass_computes_no_matmul_again_that_it_is_not_asked_to(
-    dtype: torch.dtype, checkpointing: bool
+    dtype: torch.dtype, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The linear layers with a bias are `addmm`, in the forward pass only; the backward pass has `mm`."""
     config = replace(WIDE, n_layer=2)
     model = GPT(config).init_weights(0)
     model.activation_checkpointing = checkpointing
-    compiled = torch.compile(model, backend="aot_eager_decomp_partition")  # Inductor's choice of what is kept
+    backend = functools.partial(
+        torch.compile, backend="aot_eager_decomp_partition"
+    )  # Inductor's choice of what is kept
+    monkeypatch.setattr("torch.compile", backend)
+    compiled = CompiledGPT(model)
     ids = torch.zeros(4, 128, dtype=torch.int64)
     autocast = Precision.of(dtype, torch.device("cpu")).autocast
     with autocast():
@@ -146,14 +155,74 @@ def test_the_sum_is_what_pytorch_has_given_out_at_the_peak(dtype: torch.dtype, v
     assert reckon(config, batch, footprint.LENGTH, dtype).total == pytest.approx(found, rel=0.06)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_more_chunks_of_the_head_take_no_more_memory(compiled: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_sum_is_that_of_blocks_compiled_one_by_one_under_ddp(checkpointing: bool, tmp_path: Path) -> None:
+    """And of several micro-steps, whose gradients need no second place beside DDP's buckets."""
+    config, batch = replace(footprint.CONFIG, vocab_size=512), 6
+    with one_rank(tmp_path):
+        footprint.train(config, torch.float32, batch, compiled=True, ddp=True, checkpointing=checkpointing)  # compiles
+        found = peak(
+            lambda: footprint.train(config, torch.float32, batch, compiled=True, ddp=True, checkpointing=checkpointing)
+        )
+    reckoned = training_memory(
+        config,
+        micro_batch_size=batch,
+        sequence_length=footprint.LENGTH,
+        dtype=torch.float32,
+        device_type="cpu",
+        compiled=True,
+        activation_checkpointing=checkpointing,
+    )
+    assert reckoned.total == pytest.approx(found, rel=0.06)
+
+
+@contextmanager
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, for DDP."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gradients_stay_in_their_places_where_they_are_views_of_buckets() -> None:
+    """On any device but a CPU, where they always stay."""
+    weight = nn.Parameter(torch.ones(3, device="meta"))
+    weight.grad = place = torch.ones(3, device="meta")
+    zero_gradients([weight], in_place=True)
+    assert weight.grad is place
+    zero_gradients([weight])
+    assert weight.grad is None
+    reduction = DDPReduction(DistributedDataParallel.__new__(DistributedDataParallel), DistContext(), 1)
+    assert reduction.zero_in_place
+    assert not DDPReduction(nn.Linear(1, 1), DistContext(), 1).zero_in_place
+
+
+def test_validation_computes_no_gradient() -> None:
+    config = GPTConfig(block_size=32, vocab_size=128, n_layer=2, n_head=2, n_embd=64)
+    model, ids = GPT(config).init_weights(0), torch.zeros(3, 24, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, ids)
+    assert 3 * counter.get_total_flops() == config.flops_per_token(24) * ids.numel()
+
+
+def test_attention_gives_its_input_one_gradient_and_no_copy_of_it() -> None:
+    attention, qkv = GPT(WIDE).init_weights(0).h[0].attn, torch.randn(2, 16, 3 * 256, requires_grad=True)
+    y = attention(qkv)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        y.sum().backward()
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["aten::cat"] == 1
+    assert "aten::stack" not in counts
+
+
+def test_more_chunks_of_the_head_take_no_more_memory() -> None:
     weight = torch.randn(4096, 64, requires_grad=True)
 
     def step(chunks: int) -> None:
-        loss = torch.compile(head_loss, dynamic=False) if compiled else head_loss
         with torch.autocast("cpu", torch.bfloat16):
-            loss(torch.zeros(chunks * 16, 64), weight, torch.zeros(chunks * 16, dtype=torch.int64), 16).backward()
+            head_loss(torch.zeros(chunks * 16, 64), weight, torch.zeros(chunks * 16, dtype=torch.int64), 16).backward()
         weight.grad = None
 
     for chunks in (4, 12):
@@ -178,79 +247,6 @@ def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
     assert all(USABLE["cpu"] < share < 1.1 for share in shares), shares
 
 
-def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
-    precision = Precision.of(torch.float32, torch.device("cpu"))
-
-    def chosen(room_for: int, sequences_per_step: int, beyond: int = 2) -> int:
-        free = reckon(WIDE, room_for, 64, torch.float32).total / 0.5 + beyond
-        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free}))
-        return choose_micro_batch(
-            WIDE, precision, DistContext(), sequences_per_step=sequences_per_step, sequence_length=64
-        )
-
-    assert chosen(1, 64) == 1
-    assert chosen(7, 64) == 4
-    assert chosen(8, 64, beyond=-2) == 4
-    assert chosen(8, 64) == 8
-    assert chosen(1000, 64) == 64
-    assert chosen(1000, 24) == 8
-    with pytest.raises(ValueError, match="not one sequence fits"):
-        chosen(1, 64, beyond=-2)
-
-
-FAKE_SHORTAGE = """
-import sys
-import torch
-from gpt2_ddp.distributed import open_context
-from gpt2_ddp.micro_batch import largest_fitting
-with open_context("cpu") as context:
-    state = torch.get_rng_state()
-    best = largest_fitting([1, 2, 4, 8, 16], lambda size: size <= (4 if context.rank == 1 else 16), context)
-    assert torch.equal(state, torch.get_rng_state())
-    sys.stdout.write(f"rank {context.rank} takes {best}\\n")  # in one piece: print writes the line end apart
-"""
-
-
-def test_a_shortage_on_one_rank_counts_for_all(tmp_path: Path) -> None:
-    script = tmp_path / "shortage.py"
-    script.write_text(FAKE_SHORTAGE)
-    told = subprocess.run(
-        [*python(2), str(script)], env=environment(), capture_output=True, text=True, check=True, timeout=120
-    )
-    assert sorted(told.stdout.split("\n"))[1:] == ["rank 0 takes 4", "rank 1 takes 4"]
-
-
-def test_auto_is_the_same_run_as_its_number(tmp_path: Path, data_dir: Path, clean_run: Callable[..., Path]) -> None:
-    found = tmp_path / "auto"
-    running.train(found, data_dir, "--micro-batch-size=auto")
-    number = json.loads((found / "config.json").read_text())["config"]["micro_batch_size"]
-    assert number == 8  # all sequences of a step
-    assert final_hashes(found) == final_hashes(clean_run(f"--micro-batch-size={number}"))
-    running.train(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
-    assert json.loads((found / "config.json").read_text())["config"]["micro_batch_size"] == 4
-
-
-def test_a_model_that_no_micro_batch_helps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    t4 = type("Properties", (), {"total_memory": 15 * 2**30})
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: t4)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
-    require_fit(SIZES["gpt2-large"], torch.device("cuda", 0))
-    with pytest.raises(ValueError, match=r"5\.8 GiB of weights.*are 23\.2 GiB, and Tesla T4 has 15\.0 GiB"):
-        require_fit(SIZES["gpt2-xl"], torch.device("cuda", 0))
-    require_fit(SIZES["gpt2-xl"], torch.device("cpu"))
-
-
-def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
-    tried: list[int] = []
-
-    def fits(size: int) -> bool:
-        tried.append(size)
-        return size < 4
-
-    assert largest_fitting([1, 2, 4, 8], fits, DistContext()) == 2
-    assert tried == [1, 2, 4]
-
-
 def test_the_page_about_gpus_is_what_the_command_prints() -> None:
     told = running.run([sys.executable, "-m", "gpt2_ddp.memory"])
     assert (told.returncode, told.stderr) == (0, "")
@@ -261,5 +257,13 @@ def test_the_page_about_gpus_is_what_the_command_prints() -> None:
 def test_the_presets_tell_what_they_need(script: Path) -> None:
     text = script.read_text()
     name, size = re.search(r"--model (\S+)", text)[1], int(re.search(r"--micro-batch-size (\d+)", text)[1])
-    needed = reckon(SIZES[name], size, 1024, torch.bfloat16, "cuda")
+    needed = training_memory(
+        SIZES[name],
+        micro_batch_size=size,
+        sequence_length=1024,
+        dtype=torch.bfloat16,
+        device_type="cuda",
+        device_memory=16 * 10**9 if "t4" in script.name else 40 * 10**9,
+        compiled=True,
+    )
     assert re.search(rf"^#.* {size} sequences .*: {needed.total / 2**30:.0f} GiB", text, re.M)

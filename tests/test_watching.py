@@ -71,9 +71,20 @@ def test_the_compiled_module_only_trains(unwatched: Path, hellaswag: Path, data_
     counted_calls = {"watch_compiled": {"listing": str(tmp_path / "calls")}}
     done = warm.train(tmp_path / "run", data_dir, *flags, "--compile", "on", faults=counted_calls)
     assert "torch.compile failed" not in done.stderr
-    assert json.loads((tmp_path / "calls").read_text()) == {"train": 6 * 4, "other": 0}
+    [calls] = tmp_path.glob("calls.*")
+    assert json.loads(calls.read_text()) == {"train": 6 * 4 * 2, "other": 0, "graphs": 1, "later graphs": 0}
     saved = [load_file(checkpoint(path) / "model.safetensors").keys() for path in (tmp_path / "run", unwatched)]
     assert saved[0] == saved[1]
+
+
+def test_ranks_compile_one_graph_for_all_blocks_and_none_after_the_warm_up(data_dir: Path, tmp_path: Path) -> None:
+    """DDP, which could cut a graph where its buckets end, changes nothing; in bfloat16 the head's loss is another."""
+    counted_calls = {"watch_compiled": {"listing": str(tmp_path / "calls")}}
+    flags = ("--max-steps", "3", "--compile", "on", "--dtype", "bfloat16", "--dropout", "0.1")
+    warm.train_ranks(2, tmp_path / "run", data_dir, *flags, faults=counted_calls)
+    ranks = [json.loads(calls.read_text()) for calls in tmp_path.glob("calls.*")]
+    losses = 3 * 2  # computed with their gradients, for which autograd is not needed
+    assert ranks == [{"train": losses * 2, "other": losses, "graphs": 2, "later graphs": 0}] * 2
 
 
 def test_the_device_is_waited_for_in_logged_steps_alone(data_dir: Path, tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.allocator import keep_freed_memory
+from gpt2_ddp.compilation import CompiledGPT
+from gpt2_ddp.distributed import grad_sync
 from gpt2_ddp.memory import training_memory
 from gpt2_ddp.model import GPT, GPTConfig
 from gpt2_ddp.optim import apply_update, make_optimizer
@@ -18,17 +22,29 @@ CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=4096)
 LENGTH = 256
 
 
-def train(config: GPTConfig, dtype: torch.dtype, batch: int) -> None:
-    """Two steps of two micro-steps each."""
+def train(
+    config: GPTConfig,
+    dtype: torch.dtype,
+    batch: int,
+    *,
+    compiled: bool = False,
+    ddp: bool = False,
+    checkpointing: bool = False,
+) -> None:
+    """Two steps of two micro-steps each; with `ddp` in the process group that there is."""
     precision, ids = Precision.of(dtype, torch.device("cpu")), torch.zeros(batch, LENGTH, dtype=torch.int64)
     model = GPT(config).init_weights(0)
+    model.activation_checkpointing = checkpointing
     optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
+    train_model: nn.Module = CompiledGPT(model) if compiled else model
+    if ddp:
+        train_model = DistributedDataParallel(train_model, gradient_as_bucket_view=True)
     for _ in range(2):
-        for _ in range(2):
-            with precision.autocast():
-                loss = model(ids, ids)
-            loss.backward()
-        apply_update(optimizer, precision.scaler, loss=loss, grad_clip=1.0)
+        for last in (False, True):
+            with grad_sync(train_model, sync=last), precision.autocast():
+                loss = train_model(ids, ids)
+                loss.backward()
+        apply_update(optimizer, precision.scaler, loss=loss, grad_clip=1.0, zero_in_place=ddp)
 
 
 def resident(name: str) -> int:

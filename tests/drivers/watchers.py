@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ddp import train
 from gpt2_ddp.build import Run
-from gpt2_ddp.data import StepBatch
 
 
 def watch_reads(*, listing: str) -> None:
@@ -41,22 +42,26 @@ def watch_reads(*, listing: str) -> None:
 
 
 def watch_compiled(*, listing: str) -> None:
-    """List how often the compiled module is called to train, and how often otherwise; compiled by a backend that is
-    quick because it changes nothing.
+    """List how often compiled blocks are called to train, and how often otherwise, and how many graphs are compiled
+    before the first step and after it; by a backend that is quick because it changes nothing.
     """
-    calls = {"train": 0, "other": 0}
-    torch.compile = functools.partial(torch.compile, backend="eager")
+    seen = {"train": 0, "other": 0, "graphs": 0, "later graphs": 0}
+    begun: list[bool] = []
 
-    def count(module: torch.nn.Module, _: Any) -> None:
-        assert hasattr(module, "_orig_mod"), "not compiled"
-        calls["train" if module.training and torch.is_grad_enabled() else "other"] += 1
-        Path(listing).write_text(json.dumps(calls))
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        seen["later graphs" if begun else "graphs"] += 1
 
-    def begin(run: Run, batch: StepBatch) -> None:
-        if batch.step == 1:
-            run.train_model.register_forward_pre_hook(count)
+        def compiled(*tensors: Any) -> Any:
+            if begun:
+                seen["train" if torch.is_grad_enabled() else "other"] += 1
+                Path(f"{listing}.{os.getpid()}").write_text(json.dumps(seen))
+            return graph(*tensors)
 
-    before_step(begin)
+        return compiled
+
+    torch.compile = functools.partial(torch.compile, backend=compiler)
+
+    before_step(lambda *_: begun.append(True))
 
 
 WATCHERS = {watcher.__name__: watcher for watcher in (watch_reads, watch_compiled)}

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# GPT-2 1558M on eight A100s of 80 GB: 10 billion tokens of FineWeb-Edu, 9,537 steps of 1,048,576 tokens.
+# Learning rate, batch and warm-up of 375 million tokens: GPT-3 (Brown et al. 2020), table 2.1 and appendix B,
+# its 1.3B model, the nearest.
+# 8 sequences a GPU at a time: 42 GiB with weights, gradients and moments
+# by the arithmetic of launch/GPUS.md, not measured. Cards of 40 GB: gpt2_1558m_8xa100_40gb.sh.
+#
+# Data (about 20 GB of shards, and HellaSwag's validation set), once:
+#   python -m data_prep fineweb-edu --out data/fineweb-edu
+#   python -m data_prep hellaswag --out data/hellaswag
+# Trainer flags may follow. LAUNCH_FLAGS goes to the launcher: LAUNCH_FLAGS=--dry-run shows the command only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/find_python.sh
+# shellcheck disable=SC2086  LAUNCH_FLAGS may hold several
+exec "$python" -m launch ${LAUNCH_FLAGS:-} -- \
+  --model gpt2-xl --data-dir data/fineweb-edu --out-dir runs/gpt2-xl-fineweb-edu \
+  --sequence-length 1024 --micro-batch-size 8 --total-batch-size 1048576 \
+  --max-steps 9537 --warmup-steps 358 --max-lr 2e-4 --weight-decay 0.1 \
+  --val-every 250 --val-tokens 10485760 --hellaswag-every 250 --sample-every 250 \
+  --checkpoint-every 1000 --keep-checkpoints 3 "$@"

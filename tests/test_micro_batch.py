@@ -1,0 +1,144 @@
+"""The search for a micro-batch: what is reckoned, and what is tried out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import running
+import torch
+from running import environment, final_hashes, python
+from torch import nn
+
+from gpt2_ddp.compute import compiled_or_not
+from gpt2_ddp.data import BatchPlan
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.memory import training_memory
+from gpt2_ddp.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
+from gpt2_ddp.model import GPT, SIZES, GPTConfig
+from gpt2_ddp.precision import Precision
+
+WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
+
+
+def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = Precision.of(torch.float32, torch.device("cpu"))
+
+    def chosen(room_for: int, sequences_per_step: int, beyond: int = 2) -> int:
+        needed = training_memory(
+            WIDE, micro_batch_size=room_for, sequence_length=64, dtype=torch.float32, device_type="cpu"
+        )
+        free = needed.total / 0.5 + beyond
+        monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free, "total": free}))
+        return choose_micro_batch(
+            WIDE, precision, DistContext(), sequences_per_step=sequences_per_step, sequence_length=64
+        )
+
+    assert chosen(1, 64) == 1
+    assert chosen(7, 64) == 4
+    assert chosen(8, 64, beyond=-2) == 4
+    assert chosen(8, 64) == 8
+    assert chosen(1000, 64) == 64
+    assert chosen(1000, 24) == 8
+    with pytest.raises(ValueError, match="not one sequence fits"):
+        chosen(1, 64, beyond=-2)
+
+
+FAKE_SHORTAGE = """
+import sys
+import torch
+from gpt2_ddp.distributed import open_context
+from gpt2_ddp.micro_batch import largest_fitting
+with open_context("cpu") as context:
+    state = torch.get_rng_state()
+    best = largest_fitting([1, 2, 4, 8, 16], lambda size: size <= (4 if context.rank == 1 else 16), context)
+    assert torch.equal(state, torch.get_rng_state())
+    sys.stdout.write(f"rank {context.rank} takes {best}\\n")  # in one piece: print writes the line end apart
+"""
+
+
+def test_a_shortage_on_one_rank_counts_for_all(tmp_path: Path) -> None:
+    script = tmp_path / "shortage.py"
+    script.write_text(FAKE_SHORTAGE)
+    told = subprocess.run(
+        [*python(2), str(script)], env=environment(), capture_output=True, text=True, check=True, timeout=120
+    )
+    assert sorted(told.stdout.split("\n"))[1:] == ["rank 0 takes 4", "rank 1 takes 4"]
+
+
+def test_auto_is_the_same_run_as_its_number(tmp_path: Path, data_dir: Path, clean_run: Callable[..., Path]) -> None:
+    found = tmp_path / "auto"
+    running.train(found, data_dir, "--micro-batch-size=auto")
+    number = json.loads((found / "config.json").read_text())["config"]["micro_batch_size"]
+    assert number == 8  # all sequences of a step
+    assert final_hashes(found) == final_hashes(clean_run(f"--micro-batch-size={number}"))
+    running.train(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
+    assert json.loads((found / "config.json").read_text())["config"]["micro_batch_size"] == 4
+
+
+def test_a_model_that_no_micro_batch_helps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    t4 = type("Properties", (), {"total_memory": 15 * 2**30})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: t4)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
+    require_fit(SIZES["gpt2-large"], torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"5\.8 GiB of weights.*are 23\.2 GiB, and Tesla T4 has 15\.0 GiB"):
+        require_fit(SIZES["gpt2-xl"], torch.device("cuda", 0))
+    require_fit(SIZES["gpt2-xl"], torch.device("cpu"))
+
+
+def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size < 4
+
+    assert largest_fitting([1, 2, 4, 8], fits, DistContext()) == 2
+    assert tried == [1, 2, 4]
+    tried.clear()
+    assert first_running([16, 8, 2, 1], fits, DistContext()) == 2
+    assert tried == [16, 8, 2]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls of CUDA are taken over: no GPU is here to run out of memory."""
+    tried: list[tuple[str, int]] = []
+    forgotten: list[object] = []
+
+    def fake_warm_up(module: nn.Module, plan: BatchPlan, *_: object) -> None:
+        tried.append((type(module).__name__, plan.micro_batch_size))
+        assert all(parameter.grad is not None for parameter in module.parameters())
+        if plan.micro_batch_size > 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("gpt2_ddp.micro_batch.warm_up", fake_warm_up)
+    monkeypatch.setattr("torch.random.fork_rng", lambda _: nullcontext())
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: type("Properties", (), {"total_memory": 1000}))
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda _: 890)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", forgotten.append)
+    precision, cpu = Precision.of(torch.float32, torch.device("cpu")), torch.device("cpu")
+    trial = Trial(WIDE, precision, cpu, sequence_length=8, compiled=compiled, activation_checkpointing=False)
+    assert first_running([4, 2, 1], trial.runs, DistContext()) == 2
+    name = "CompiledGPT" if compiled else "GPT"
+    assert tried == [(name, 4), (name, 2)]
+    assert forgotten == [cpu, cpu]
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda _: 901)
+    assert not trial.runs(1)
+
+
+def test_a_micro_batch_that_does_not_fit_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("gpt2_ddp.compute.warm_up", too_much)
+    plan = BatchPlan(micro_batch_size=64, sequence_length=8, total_batch_size=512)
+    with pytest.raises(ValueError, match=r"micro-batch of 64 sequences does not fit .* --activation-checkpointing"):
+        compiled_or_not(DistContext(), plan, Precision.of(torch.float32, torch.device("cpu")), GPT(WIDE))
