@@ -118,6 +118,13 @@ def test_compiled_beside_evaluation_sampling_and_saving(clean_run: CleanRun, dat
     load_model(checkpoint(tmp_path / "run"))
 
 
+def test_compiled_with_checkpointing_is_the_same_run(data_dir: Path, tmp_path: Path, clean_run: CleanRun) -> None:
+    done = train(tmp_path / "run", data_dir, "--device=cuda", "--compile=on", "--activation-checkpointing")
+    if "torch.compile failed" in done.stderr:
+        pytest.skip(f"no working compiler on this machine: {done.stderr}")
+    assert_near_the_cpu(tmp_path / "run", clean_run, tolerance=0.02)
+
+
 def test_memory_and_mfu_are_logged(clean_run: CleanRun) -> None:
     out_dir = clean_run("--device=cuda", "--dtype=auto", "--compile=off")
     hardware = found_hardware(CUDA)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import NoReturn, cast
 
 import pytest
 import running
@@ -14,13 +16,16 @@ import torch
 from running import environment, final_hashes, python
 from torch import nn
 
+from gpt2_ddp.build import build_run
 from gpt2_ddp.compute import compiled_or_not
+from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.memory import training_memory
 from gpt2_ddp.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
 from gpt2_ddp.precision import Precision
+from gpt2_ddp.stopping import StopRequest
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
 
@@ -132,6 +137,30 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
     assert forgotten == [cpu, cpu]
     monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda _: 901)
     assert not trial.runs(1)
+
+
+def test_kernels_are_deterministic_before_a_micro_batch_is_tried_out(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS reads its workspace setting at the first matmul, and later ones would raise."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    found: list[tuple[bool, str | None]] = []
+
+    def settle(*_: object) -> NoReturn:
+        found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("gpt2_ddp.build.settle_micro_batch", settle)
+    config = TrainConfig(
+        model="gpt2-nano", data_dir=data_dir, out_dir=tmp_path / "run", micro_batch_size="auto", reproducible=True
+    )
+    try:
+        with pytest.raises(ValueError, match="enough"), ExitStack() as held:
+            build_run(config, DistContext(), cast(StopRequest, None), held)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [(True, ":4096:8")]
 
 
 def test_a_micro_batch_that_does_not_fit_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
