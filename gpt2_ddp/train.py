@@ -118,7 +118,7 @@ def go_back(run: Run, result: StepResult) -> None:
     spike_step, loss = run.state.step + 1, float(result.loss)
     report_saves(run, wait=True)
     found = run.context.from_main(lambda: resume.find_checkpoint(run.writer.directory))
-    run.model.load_state_dict(run.context.broadcast_tensors(resume.model_tensors(found, run.context)))
+    resume.restore_weights(found, run.context, run.model)
     restored = resume.restore(found, run.context, run.model, run.optimizer, run.precision.scaler)
     run.state.step, run.state.tokens_seen, run.state.data_hash = astuple(restored)
     run.skips.restore(found.state["skipped"], found.state["skipped_in_a_row"])
