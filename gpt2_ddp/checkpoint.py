@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import safetensors
 import torch
@@ -240,7 +240,7 @@ class _TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._refusing():
-            self._file: Any = safetensors.safe_open(path, framework="pt")
+            self._file = cast(Any, safetensors.safe_open(path, framework="pt"))
             self._names = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
