@@ -251,3 +251,12 @@ def test_evaluation_and_sampling_change_nothing(clean_run: CleanRun) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     on_cpu = load_model(checkpoint(clean_run()))
     assert found[0] == pytest.approx(validation_loss(on_cpu, [(ids, ids)], DistContext(), nullcontext()), abs=5e-3)
+
+
+def test_a_sample_never_waits_for_a_plan_of_cudnn(clean_run: CleanRun) -> None:
+    model = load_model(checkpoint(clean_run())).to(CUDA)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        generate(model, [1, 2, 3], max_new_tokens=4, autocast=torch.autocast("cuda", dtype=torch.float16))
+    names = {event.name for event in profile.events() if "scaled_dot_product" in event.name}
+    assert names
+    assert not [name for name in names if "cudnn" in name]

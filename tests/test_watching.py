@@ -8,9 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
+
+from gpt2_ddp import events
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
 """A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""
@@ -120,3 +123,38 @@ def test_a_finished_run_is_left_alone(unwatched: Path, data_dir: Path) -> None:
         name.removeprefix("checkpoints/"): digest for name, digest in before.items() if name.startswith("checkpoints/")
     }
     assert checkpoint(unwatched).name == "step_00000006"
+
+
+def test_the_clock_waits_for_the_device_only_where_something_heavy_follows(data_dir: Path, tmp_path: Path) -> None:
+    cadence = ["--log-every", "5", "--val-every", "4", "--val-tokens", "64", "--checkpoint-every", "6",
+               "--check-ranks-every", "7"]  # fmt: skip
+    listing = tmp_path / "waited"
+    warm.train(tmp_path / "run", data_dir, *cadence, faults={"watch_clock": {"listing": str(listing)}})
+    assert json.loads(listing.read_text()) == [4, 5, 6, 7, 8, 10, 12]
+
+
+def test_what_the_device_still_computes_counts_as_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock and a device of our own: the host is told to do 2 s of steps' work in no time, four times."""
+    clock = {"now": 100.0, "device is done": 100.0}
+
+    def give(seconds: float) -> None:
+        clock["device is done"] = max(clock.values()) + seconds
+
+    def synchronize(device: torch.device) -> None:
+        assert device == torch.device("cuda", 1)
+        clock["now"] = max(clock.values())
+
+    monkeypatch.setattr(events.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timer = events.StepTimer(torch.device("cuda", 1))
+    for heavy in (False, True, False, False):
+        give(2.0)
+        with timer.paused(due=heavy):
+            if heavy:
+                give(50.0)
+            else:
+                clock["now"] += 0.5  # the host waits for other hosts while its device computes
+        if not heavy:
+            assert clock["now"] < clock["device is done"]
+    assert timer.restart() == 8.0
+    assert clock["now"] == 158.0
