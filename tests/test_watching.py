@@ -14,6 +14,9 @@ from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
 from gpt2_ddp import events
+from gpt2_ddp.pretrained import load_model
+from gpt2_ddp.sampling import generate
+from gpt2_ddp.tokenizer import load_tokenizer
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
 """A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""
@@ -62,8 +65,13 @@ def test_any_cadence_gives_the_same_weights(
     save: int,
 ) -> None:  # fmt: skip
     flags = cadences(hellaswag, val=val, scored=scored, sample=sample, log=log, save=save)
-    warm.train(tmp_path / "run", data_dir, *flags)
+    done = warm.train(tmp_path / "run", data_dir, *flags)
     assert final_hashes(tmp_path / "run") == final_hashes(unwatched)
+    assert done.stdout.count("3 of 3 examples cut on the left") == (scored and 6 // scored + bool(6 % scored))
+    if sample:  # reads no more tokens at once than the run is trained with
+        model, prompt = load_model(checkpoint(tmp_path / "run")), load_tokenizer().encode(events.SAMPLE_PROMPT)
+        [row] = generate(model, prompt, max_new_tokens=48, top_k=50, seed=1337 + 6, sequence_length=8).tolist()
+        assert metrics(tmp_path / "run", "sample")[-1]["text"] == load_tokenizer().decode(row)
     for event, every in (("val", val), ("hellaswag", scored), ("sample", sample), ("train", log)):
         due = [step for step in range(1, 7) if every and (step % every == 0 or step == 6)]
         assert counted(tmp_path / "run", event) == dict.fromkeys(due, 1)
