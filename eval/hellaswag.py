@@ -34,11 +34,17 @@ class HellaSwag(ModelChoice):
                 examples,
                 protocol=self.protocol,
                 context=opened.context,
+                sequence_length=opened.sequence_length,
                 autocast=opened.precision.autocast(),
                 progress=True,
             )
             opened.say(table(str(opened.path), result))
-            opened.write_json(self.json, asdict(result))
+            if result.cut:
+                opened.warn(
+                    f"{result.cut} of {result.examples} examples are longer than {opened.sequence_length} tokens, and "
+                    "were read without their beginning"
+                )
+            opened.write_json(self.json, {key: value for key, value in asdict(result).items() if key != "cut"})
 
 
 def table(name: str, result: HellaSwagResult) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2_ddp.allocator import keep_freed_memory
+from gpt2_ddp.checkpoint import read_json
 from gpt2_ddp.distributed import DistContext, open_context
+from gpt2_ddp.metrics import warn
 from gpt2_ddp.model import GPT
 from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware
 from gpt2_ddp.pretrained import find_model, load_model
@@ -26,16 +28,23 @@ class ModelChoice:
     """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of matmuls; auto takes bfloat16 where the hardware has it, float16 on older tensor cores."""
+    sequence_length: int | None = None
+    """Tokens that the model reads at once; by default as many as its run was trained with, or else as it can take."""
     json: Path | None = None
     """Also write the numbers to this file."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_length is not None and self.sequence_length < 1:
+            raise ValueError(f"--sequence-length {self.sequence_length}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
-    """A loaded model on its device."""
+    """A loaded model on its device, and how many tokens it is to read at once."""
 
     gpt: GPT
     path: Path
+    sequence_length: int
     context: DistContext
     precision: Precision
 
@@ -43,6 +52,11 @@ class OpenModel:
         """Print on the first rank."""
         if self.context.is_main:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A warning from the first rank."""
+        if self.context.is_main:
+            warn(text)
 
     def write_json(self, path: Path | None, numbers: Mapping[str, object]) -> None:
         """Write on the first rank, if there is a path."""
@@ -62,10 +76,48 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
             keep_freed_memory()
         path = context.together(lambda: find_model(choice.model))
         gpt = context.together(lambda: load_model(path))
+        length, note = context.together(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
         allow_tf32()
         dtype, warning = choose_dtype(choice.dtype, found_hardware(context.device))
         precision = Precision.of(dtype, context.device)
-        opened = OpenModel(gpt=gpt.to(context.device), path=path, context=context, precision=precision)
+        opened = OpenModel(
+            gpt=gpt.to(context.device), path=path, sequence_length=length, context=context, precision=precision
+        )
+        if note:
+            opened.warn(note)
         if warning:
             opened.say(f"warning: {warning}")
         yield opened
+
+
+def choose_length(asked: int | None, path: Path, block_size: int) -> tuple[int, str | None]:
+    """How many tokens the model in `path` reads at once, and a warning or None.
+
+    A model knows the positions that it was trained at. The embeddings of later ones are as they were drawn, although
+    every model has as many as its `block_size`.
+
+    Raises:
+        ValueError: for more than the model takes, or a checkpoint that tells no such length.
+    """
+    if asked is not None and asked > block_size:
+        raise ValueError(f"--sequence-length {asked} is past the model's {block_size}")
+    trained = trained_length(path, block_size)
+    if asked is None or trained is None or asked <= trained:
+        return asked or trained or block_size, None
+    return asked, f"--sequence-length {asked}: the run was trained with {trained}, and knows nothing of later positions"
+
+
+def trained_length(path: Path, block_size: int) -> int | None:
+    """The length of the sequences that the run of a checkpoint was trained with; None for a model from elsewhere.
+
+    Raises:
+        ValueError: where the checkpoint says something else than a length up to `block_size`.
+    """
+    file = path / "trainer_state.json"
+    if not file.is_file():
+        return None
+    config = read_json(file).get("config")
+    length = config.get("sequence_length") if isinstance(config, dict) else None
+    if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= block_size:
+        raise ValueError(f"{file}: config.sequence_length cannot be {str(length)[:40]!r}")
+    return length

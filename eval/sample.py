@@ -33,6 +33,8 @@ class Sample(ModelChoice):
         encoding = load_tokenizer()
         prompt = [EOT, *encoding.encode_ordinary(self.prompt)]  # as documents begin in training
         with open_model(self) as opened:
+            if len(prompt) > opened.sequence_length:
+                opened.warn(f"of the prompt's {len(prompt)} tokens only the last {opened.sequence_length} are read")
             rows = generate(
                 opened.gpt,
                 [prompt] * self.count,
@@ -41,6 +43,7 @@ class Sample(ModelChoice):
                 top_k=self.top_k,
                 seed=self.seed,
                 stop_at_eot=True,
+                sequence_length=opened.sequence_length,
                 autocast=opened.precision.autocast(),
             )
             texts = []

@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from eval.model_choice import ModelChoice, open_model
+import psutil
+import torch
+
+from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import ValidationData, Windows
+from gpt2_ddp.memory import USABLE
+from gpt2_ddp.model import GPTConfig
 from gpt2_ddp.shards import find_shards
 from gpt2_ddp.validation import validation_loss
+
+BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
+"""Tokens in a micro-batch past which a device is expected to work no faster."""
+LOGIT_ROWS = {"cpu": 512, "cuda": 8192}
+"""Positions whose logits `kernels.head_loss` has at a time, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,23 +32,21 @@ class ValLoss(ModelChoice):
     """Folder of token shards, as `python -m data_prep` makes it."""
     val_tokens: int = TrainConfig.val_tokens
     """Tokens to predict, from the start of the validation shards; at most what they hold."""
-    sequence_length: int | None = None
-    """Tokens in a sequence: the fewer, the higher the loss; the model's own length if not given."""
-    micro_batch_size: int = 4
-    """Sequences that one rank computes at once."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Sequences that one rank computes at once; auto takes as many as keep the device busy and fit in memory."""
 
     def run(self) -> None:
         """Print the loss, and write the JSON if asked to."""
-        for name, number in (("sequence-length", self.sequence_length), ("micro-batch-size", self.micro_batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"--{name} {number}: give 1 or more")
+        if self.micro_batch_size != "auto" and self.micro_batch_size < 1:
+            raise ValueError(f"--micro-batch-size {self.micro_batch_size}: give 1 or more")
         shards = find_shards(self.data_dir, "val")
         with open_model(self) as opened:
-            length = self.sequence_length or opened.gpt.config.block_size
-            if length > opened.gpt.config.block_size:
-                raise ValueError(f"--sequence-length {length} is past the model's {opened.gpt.config.block_size}")
-            windows = Windows(shards, length)
-            data = ValidationData(windows=windows, val_tokens=self.val_tokens, micro_batch_size=self.micro_batch_size)
+            length, size = opened.sequence_length, self.micro_batch_size
+            data = ValidationData(
+                windows=Windows(shards, length),
+                val_tokens=self.val_tokens,
+                micro_batch_size=chosen_micro_batch(opened) if size == "auto" else size,
+            )
             if data.sequences < 1:
                 raise ValueError(
                     f"not one sequence of {length} tokens in --val-tokens {self.val_tokens} and the validation "
@@ -49,6 +58,51 @@ class ValLoss(ModelChoice):
             perplexity = math.exp(min(loss, 700.0))
             opened.say(
                 f"{opened.path}: validation loss {loss:.4f} nats a token (perplexity {perplexity:.2f}) "
-                f"over {data.tokens} tokens of {self.data_dir}"
+                f"over {data.tokens} tokens of {self.data_dir}, {length} at a time"
             )
             opened.write_json(self.json, {"val_loss": loss, "tokens": data.tokens})
+
+
+def chosen_micro_batch(opened: OpenModel) -> int:
+    """The micro-batch of `largest_micro_batch` for this rank's device and what is free of its memory."""
+    device = opened.context.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available // opened.context.local_world_size
+    return largest_micro_batch(
+        opened.gpt.config,
+        sequence_length=opened.sequence_length,
+        dtype=opened.precision.dtype,
+        device_type=device.type,
+        memory=free,
+    )
+
+
+def largest_micro_batch(
+    config: GPTConfig, *, sequence_length: int, dtype: torch.dtype, device_type: str, memory: int
+) -> int:
+    """The largest power of two of sequences, up to `BUSY_TOKENS`, whose forward pass fits in `memory` bytes; or one."""
+    size = 1
+    while 2 * size * sequence_length <= BUSY_TOKENS.get(device_type, BUSY_TOKENS["cpu"]):
+        needed = forward_memory(config, 2 * size * sequence_length, dtype=dtype, device_type=device_type)
+        if needed > USABLE.get(device_type, USABLE["cpu"]) * memory:
+            break
+        size *= 2
+    return size
+
+
+def forward_memory(config: GPTConfig, tokens: int, *, dtype: torch.dtype, device_type: str) -> int:
+    """Bytes beside the weights that a forward pass without gradients holds at most, by what lives when it holds most.
+
+    The matrices in `dtype`, where that is not float32; and of a block for each token, in units of n_embd, the residual
+    stream in float32 before and after, GELU's input and output, and what the MLP gives. The head has the features in
+    both formats, a chunk's logits in both, and their logarithms of probabilities. What attention in bfloat16 takes on
+    a CPU comes on top.
+    """
+    width, mixed = dtype.itemsize, dtype != torch.float32
+    matrices = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    rows = min(tokens, LOGIT_ROWS.get(device_type, LOGIT_ROWS["cpu"]))
+    block = tokens * config.n_embd * (2 * 4 + (4 + 4 + 1) * width)
+    head = tokens * config.n_embd * (2 * 4 + width) + rows * config.vocab_size * (2 * 4 + width * mixed)
+    return width * matrices * mixed + max(block, head)

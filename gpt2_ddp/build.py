@@ -191,8 +191,7 @@ def open_data(
     config: TrainConfig, context: DistContext, plan: BatchPlan, windows: Windows, *, first_step: int
 ) -> TrainData:
     """This rank's batches from `first_step` on."""
-    pin_memory = context.device.type == "cuda"
-    return TrainData(windows, plan, rank=context.rank, seed=config.seed, pin_memory=pin_memory, first_step=first_step)
+    return TrainData(windows, plan, rank=context.rank, seed=config.seed, device=context.device, first_step=first_step)
 
 
 def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
@@ -226,13 +227,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a safetensors file, on the CPU.
+def read_tensors(path: Path) -> Mapping[str, Tensor]:
+    """The named tensors of a safetensors file, on the CPU, each read when it is asked for and kept by who asked.
 
     Raises:
         ValueError: where it is not one.
     """
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    return _TensorFile(path)
+
+
+class _TensorFile(Mapping[str, Tensor]):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._refusing():
+            self._file = cast(Any, safetensors.safe_open(path, framework="pt"))
+            self._names = dict.fromkeys(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._refusing():
+            tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self._path} is not a safetensors file: {error}") from None

@@ -25,9 +25,8 @@ def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tup
     """The raw model with the weights to begin with, the same on every rank, and an optimizer over it."""
     if context.device.type == "cpu":
         keep_freed_memory()
-    model = context.together(lambda: start_weights(config, found, is_main=context.is_main))
-    model.load_state_dict(context.broadcast_tensors(dict(model.state_dict()) if context.is_main else None))
-    model.to(context.device)
+    model = context.together(lambda: start_weights(config, found, context))
+    context.broadcast_tensors(dict(model.named_parameters()))
     model.activation_checkpointing = config.activation_checkpointing
     betas = (config.beta1, config.beta2)
     optimizer = optim.make_optimizer(model, weight_decay=config.weight_decay, betas=betas, device=context.device)
@@ -35,18 +34,18 @@ def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tup
     return model, optimizer
 
 
-def start_weights(config: TrainConfig, found: Resume, *, is_main: bool) -> GPT:
-    """The model with its first weights on rank 0; elsewhere one of the same shape whose weights are undefined."""
+def start_weights(config: TrainConfig, found: Resume, context: DistContext) -> GPT:
+    """The model on its device with its first weights on rank 0; elsewhere they are undefined, and read from no disk."""
     model = GPT(model_config(config.model, dropout=config.dropout))
-    if not is_main:
-        return model
+    if not context.is_main:
+        return model.to_empty(device=context.device)
     if found.path is None and config.init_from is None:
-        return model.init_weights(config.seed)
+        return model.init_weights(config.seed).to(context.device)
     source = found.path or pretrained.find_model(str(config.init_from))
     loaded = pretrained.load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
     if loaded.config != model.config:
         raise ValueError(f"{source} is no {config.model}: it has {loaded.config}")
-    return loaded
+    return loaded.to(context.device)
 
 
 def choose_numerics(

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -194,15 +194,18 @@ class StepBatch:
 
 
 class TrainData:
-    """The batches of one rank, read ahead by a thread of its own, which ends with `close` or the `with` block."""
+    """The batches of one rank for its device, read ahead by a thread of its own, which ends with `close` or `with`."""
 
     def __init__(
-        self, windows: Windows, plan: BatchPlan, *, rank: int, seed: int, pin_memory: bool, first_step: int
+        self, windows: Windows, plan: BatchPlan, *, rank: int, seed: int, device: torch.device, first_step: int
     ) -> None:
-        self.windows, self.plan, self.rank, self.seed, self.pin_memory = windows, plan, rank, seed, pin_memory
+        self.windows, self.plan, self.rank, self.seed = windows, plan, rank, seed
+        self.pin_memory = device.type == "cuda"
         self._next_step = first_step
         self._waited = 0.0
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        # A new thread's GPU is number 0, by way of which it would pin memory.
+        choose = partial(torch.cuda.set_device, device) if self.pin_memory else None
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose)
         self._ahead: deque[Future[StepBatch]] = deque()
 
     def step_windows(self, step: int) -> Indices:

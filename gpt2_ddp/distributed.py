@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -110,17 +111,21 @@ class DistContext:
         """What `make` returns on rank 0, on every rank; it runs there alone, and its error is everybody's."""
         return self.broadcast(self.together(lambda: make() if self.is_main else cast(T, None)))
 
-    def broadcast_tensors(self, tensors: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """Rank 0's named `tensors` on every rank, on the CPU; one at a time, so that memory holds no second set."""
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put rank 0's numbers into the `tensors` of every rank, in place and one by one, so that no second set exists.
+
+        NCCL carries those on a GPU. They must be contiguous.
+
+        Raises:
+            ValueError: where a rank's tensors are not those of rank 0 by name, shape and dtype, before any is sent.
+        """
         if self.world_size == 1:
-            return tensors or {}
-        shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
-        received = {}
-        for name, (shape, dtype) in shapes.items():
-            tensor = tensors[name].cpu().contiguous() if tensors else torch.empty(shape, dtype=dtype)
-            dist.broadcast(tensor, src=0)
-            received[name] = tensor
-        return received
+            return
+        mine = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()]
+        theirs = self.broadcast(mine)
+        self.together(lambda: require_same_tensors(mine, theirs))
+        for tensor in tensors.values():
+            dist.broadcast(tensor.detach(), src=0)
 
     def add_from(self, partner: int, tensor: Tensor) -> None:
         """Add `partner`'s tensor of the same shape to `tensor` in place, while it does the same with this one."""
@@ -131,11 +136,14 @@ class DistContext:
         tensor.add_(theirs)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` as DDP trains it; itself in a single process. `model` must be on the context's device."""
+        """`model` as DDP trains it; itself in a single process.
+
+        `model` must be on the context's device and have the same weights on every rank: DDP does not send them again.
+        """
         if self.world_size == 1:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True)
 
     def beat(self) -> None:
         """Note that this rank gets on with its work."""
@@ -145,6 +153,18 @@ class DistContext:
         """From now on a collective that takes longer than `seconds` fails."""
         if self.world_size > 1:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+def require_same_tensors(mine: Sequence[str], theirs: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: naming the first tensor that is another one here than on rank 0.
+    """
+    for here, there in itertools.zip_longest(mine, theirs, fillvalue="nothing"):
+        if here != there:
+            raise ValueError(
+                f"this rank has {here} where rank 0 has {there}: give all ranks the same flags and version"
+            )
 
 
 def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:

@@ -45,18 +45,28 @@ class StepTimer:
 
     def restart(self) -> float:
         """Seconds since the last restart, once the device has done what it was given."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        now = self._settled()
         seconds, self._start = now - self._start, now
         return seconds
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it, the clock stands still."""
-        before = time.perf_counter()
+    def paused(self, *, due: bool) -> Iterator[None]:
+        """Within it the clock stands still, if something that is no step is `due`; otherwise nobody waits for anything.
+
+        The device first does what the steps gave it: their time is theirs, even if it is the pause that waits for it.
+        """
+        if not due:
+            yield
+            return
+        before = self._settled()
         yield
-        self._start += time.perf_counter() - before
+        self._start += self._settled() - before
+
+    def _settled(self) -> float:
+        """The time at which the device has done what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def note_start(run: Run) -> None:
@@ -81,9 +91,10 @@ def note_start(run: Run) -> None:
     replace_file(file, json.dumps(values, indent=2) + "\n")
 
 
-def is_time(run: Run, every: int) -> bool:
-    """Whether something that is done every `every` steps, 0 for never, is due after this one. The last is always."""
-    return every > 0 and (run.state.step % every == 0 or run.state.step == run.config.max_steps)
+def is_time(run: Run, *every: int) -> bool:
+    """Whether any of what is done every so many steps, 0 for never, is due after this one. The last is always."""
+    last = run.state.step == run.config.max_steps
+    return any(count > 0 and (run.state.step % count == 0 or last) for count in every)
 
 
 def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
@@ -132,9 +143,11 @@ def score_hellaswag(run: Run) -> None:
         run.sources.hellaswag,
         protocol=run.config.hellaswag_protocol,
         context=run.context,
+        sequence_length=run.config.sequence_length,
         autocast=run.precision.autocast(),
     )
-    run.log.say(f"step {run.state.step} | HellaSwag acc: {result.acc:.4f} acc_norm: {result.acc_norm:.4f}")
+    cut = f", {result.cut} of {result.examples} examples cut on the left" if result.cut else ""
+    run.log.say(f"step {run.state.step} | HellaSwag acc: {result.acc:.4f} acc_norm: {result.acc_norm:.4f}{cut}")
     run.log.event(
         "hellaswag",
         step=run.state.step,
@@ -155,6 +168,7 @@ def sample(run: Run) -> None:
             max_new_tokens=SAMPLE_TOKENS,
             top_k=SAMPLE_TOP_K,
             seed=run.config.seed + run.state.step,
+            sequence_length=run.config.sequence_length,
             autocast=run.precision.autocast(),
         )
         text = encoding.decode(tokens[0].tolist())

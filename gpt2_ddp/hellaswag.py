@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.model import GPT, Block
+from gpt2_ddp.precision import evaluating
 from gpt2_ddp.tokenizer import EOT, load_tokenizer
 
 PROTOCOLS = ("completion", "harness")
@@ -63,7 +64,8 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class HellaSwagResult:
-    """Accuracies are fractions of `examples`; the standard errors are those of a mean of zeros and ones."""
+    """Accuracies are fractions of `examples`, of which `cut` were too long and read without their beginning; the
+    standard errors are those of a mean of zeros and ones."""
 
     protocol: str
     acc: float
@@ -71,6 +73,7 @@ class HellaSwagResult:
     acc_stderr: float
     acc_norm_stderr: float
     examples: int
+    cut: int
     examples_per_sec: float
 
 
@@ -152,27 +155,23 @@ def score(
     questions: Sequence[Question],
     context: DistContext,
     *,
+    sequence_length: int | None = None,
     autocast: AbstractContextManager[object] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
 ) -> Tensor:
     """The log-likelihood in nats of every ending of every question, (questions, 4) float64 on the CPU.
 
-    What is longer than `block_size` loses tokens on the left. The ranks share the batches, which do not depend on how
-    many ranks there are, and all get the whole answer. The model is left in the mode it was in.
+    What is longer than `sequence_length`, `block_size` if not given, loses tokens on the left. The ranks share the
+    batches, which do not depend on how many ranks there are, and all get the whole answer.
     """
-    batches = list(_batches(_trees(questions, model.config.block_size), batch_tokens))
+    batches = list(_batches(_trees(questions, sequence_length or model.config.block_size), batch_tokens))
     scores = torch.zeros(len(questions) * ENDINGS, dtype=torch.float64)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), autocast or nullcontext():
-            mine = batches[context.rank :: context.world_size]
-            for batch in tqdm(mine, desc="HellaSwag", unit="batch", disable=not (progress and context.is_main)):
-                context.beat()
-                _score_batch(model, batch, scores)
-    finally:
-        model.train(training)
+    with evaluating(model), autocast or nullcontext():
+        mine = batches[context.rank :: context.world_size]
+        for batch in tqdm(mine, desc="HellaSwag", unit="batch", disable=not (progress and context.is_main)):
+            context.beat()
+            _score_batch(model, batch, scores)
     return context.sum(scores).view(-1, ENDINGS)
 
 
@@ -182,11 +181,13 @@ def evaluate(
     *,
     protocol: str,
     context: DistContext,
+    sequence_length: int | None = None,
     autocast: AbstractContextManager[object] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
 ) -> HellaSwagResult:
     """HellaSwag by `protocol`, the same for any number of ranks; draws no random number.
+
+    `sequence_length` is that of the training sequences: positions past it mean nothing to the model.
 
     Raises:
         ValueError: for an unknown protocol, or without examples.
@@ -196,11 +197,10 @@ def evaluate(
     start = time.perf_counter()
     encoding = load_tokenizer()
     questions = [render(example, protocol, encoding) for example in examples]
-    scores = score(model, questions, context, autocast=autocast, batch_tokens=batch_tokens, progress=progress)
-    chosen, chosen_norm = predictions(questions, scores)
-    labels = torch.tensor([question.label for question in questions])
-    n = len(questions)
-    acc, acc_norm = int((chosen == labels).sum()) / n, int((chosen_norm == labels).sum()) / n
+    length = sequence_length or model.config.block_size
+    scores = score(model, questions, context, sequence_length=length, autocast=autocast, progress=progress)
+    n, labels = len(questions), torch.tensor([question.label for question in questions])
+    acc, acc_norm = (int((chosen == labels).sum()) / n for chosen in predictions(questions, scores))
     return HellaSwagResult(
         protocol=protocol,
         acc=acc,
@@ -208,6 +208,7 @@ def evaluate(
         acc_stderr=math.sqrt(acc * (1 - acc) / max(1, n - 1)),
         acc_norm_stderr=math.sqrt(acc_norm * (1 - acc_norm) / max(1, n - 1)),
         examples=n,
+        cut=sum(len(each.context) + max(map(len, each.endings)) > length + 1 for each in questions),
         examples_per_sec=n / (time.perf_counter() - start),
     )
 
@@ -232,16 +233,16 @@ class _Tree:
         return len(self.context) + sum(len(ending) - 1 for ending in self.endings)
 
 
-def _trees(questions: Sequence[Question], block_size: int) -> list[_Tree]:
-    """The questions with what does not fit in `block_size` cut off on the left, the longest first."""
+def _trees(questions: Sequence[Question], sequence_length: int) -> list[_Tree]:
+    """The questions with what does not fit in `sequence_length` cut off on the left, the longest first."""
     trees = []
     for index, question in enumerate(questions):
         slots = list(range(index * ENDINGS, (index + 1) * ENDINGS))
-        if len(question.context) + max(map(len, question.endings)) <= block_size + 1:
+        if len(question.context) + max(map(len, question.endings)) <= sequence_length + 1:
             trees.append(_Tree(context=question.context, endings=question.endings, slots=slots))
             continue
         for slot, ending in zip(slots, question.endings, strict=True):  # each is cut at a place of its own
-            tokens = (question.context + ending)[-(block_size + 1) :]
+            tokens = (question.context + ending)[-(sequence_length + 1) :]
             split = max(1, len(tokens) - len(ending))
             trees.append(_Tree(context=tokens[:split], endings=[tokens[split:]], slots=[slot]))
     return sorted(trees, key=lambda tree: -tree.length)

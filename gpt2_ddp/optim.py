@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give `optimizer` the state that `optimizer_tensors` gave out, on the devices of the parameters.
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the state that `optimizer_tensors` gave out into that of `optimizer`, one tensor after the other.
 
     Raises:
-        ValueError: for a name, a shape or a dtype that is not the model's, or where a part of the state is missing.
+        ValueError: for a name, a shape or a dtype that is not the model's, or where a part of the state is missing;
+            nothing is changed then.
     """
     parameters = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
@@ -100,11 +101,17 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             found = f"{full_name} {tuple(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"the optimizer state {found} fits no parameter of the model")
     missing = [f"{name}.{key}" for name in parameters for key in ADAMW_STATE if f"{name}.{key}" not in tensors]
-    if tensors and missing:  # before the first update there is no state at all
+    if tensors and missing:  # before the first update there may be no state at all
         raise ValueError(f"the optimizer state lacks {missing[0]} and {len(missing) - 1} more")
+    for moment in () if tensors else optimizer_tensors(model, optimizer).values():
+        moment.zero_()
     for full_name, tensor in tensors.items():
         name, _, key = full_name.rpartition(".")
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device)
+        state = optimizer.state[parameters[name]]
+        if key in state:
+            state[key].copy_(tensor)
+        else:
+            state[key] = tensor.to(parameters[name].device, copy=True)
 
 
 def apply_update(

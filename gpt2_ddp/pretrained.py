@@ -87,12 +87,13 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
 
 
 def to_hf(named_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by our parameter names -> contiguous tensors by those of `GPT2LMHeadModel`.
+    """Tensors by our parameter names -> the same memory by those of `GPT2LMHeadModel`, matrices as transposed views.
 
-    Works for anything shaped like the parameters. The tied head is not stored a second time.
+    Works for anything shaped like the parameters. The tied head is not stored a second time. Nothing is copied: who
+    writes the tensors lays them out, one after the other.
     """
     return {
-        f"transformer.{name}": (tensor.t() if CONV1D.fullmatch(name) else tensor).contiguous()
+        f"transformer.{name}": tensor.t() if CONV1D.fullmatch(name) else tensor
         for name, tensor in named_tensors.items()
     }
 
@@ -115,27 +116,54 @@ def load_model(directory: Path, *, vocab_size: int | None = None, dropout: float
     Raises:
         ValueError: where the directory has no GPT-2 in safetensors, or a tensor is missing, unknown or misshapen.
     """
-    try:
-        stored = config_from_hf(_read_json(directory / "config.json"))
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    stored = _stored_config(directory)
     config = replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout)
     if config.vocab_size < stored.vocab_size:
         raise ValueError(f"{directory} has {stored.vocab_size} token embeddings, more than {config.vocab_size}")
+    files = _checked_files(directory, stored)
+    model = GPT(config)
+    _copy_weights(files, model)
+    with torch.no_grad():
+        # Not zeros: GPT-2's logits lie between about -30 and -100, so that a row whose logit is 0 would take all the
+        # probability. The mean row's logit is the mean logit. float64, so that the number of threads cannot show.
+        wte = model.wte.weight
+        wte[stored.vocab_size :] = wte[: stored.vocab_size].mean(0, dtype=torch.float64).float()
+    return model
+
+
+def load_weights(directory: Path, model: GPT) -> None:
+    """Put the weights in a Hugging Face directory into those of `model`, on their device, one after the other.
+
+    Raises:
+        ValueError: where the directory has no GPT-2 of this shape in safetensors; nothing is changed then.
+    """
+    stored = replace(_stored_config(directory), dropout=model.config.dropout)
+    if stored != model.config:
+        raise ValueError(f"{directory} has {stored}, and the model is {model.config}")
+    _copy_weights(_checked_files(directory, stored), model)
+
+
+def _stored_config(directory: Path) -> GPTConfig:
+    try:
+        return config_from_hf(_read_json(directory / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+
+
+def _checked_files(directory: Path, stored: GPTConfig) -> set[Path]:
+    """The safetensors files in which every weight of a GPT-2 of this shape is, and nothing else."""
     files = {name: path for path in _weight_files(directory) for name in _checked_names(path, stored)}
     missing = [name for name in _shapes(stored) if name not in files]
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} among them")
-    model = GPT(config)
+    return set(files.values())
+
+
+@torch.no_grad()
+def _copy_weights(files: set[Path], model: GPT) -> None:
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in _tensors(set(files.values())):
-            parameters[name][: len(tensor)].copy_(tensor)
-        # Not zeros: GPT-2's logits lie between about -30 and -100, so that a row whose logit is 0 would take all the
-        # probability. The mean row's logit is the mean logit. float64, so that the number of threads cannot show.
-        wte = parameters["wte.weight"]
-        wte[stored.vocab_size :] = wte[: stored.vocab_size].mean(0, dtype=torch.float64).float()
-    return model
+    for name, tensor in _tensors(files):
+        parameters[name][: len(tensor)].copy_(tensor)
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

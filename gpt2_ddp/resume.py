@@ -183,28 +183,36 @@ def find_checkpoint(directory: Path) -> Resume:
     return Resume(path=path, state=read_state(path), said=said)
 
 
-def model_tensors(found: Resume, context: DistContext) -> dict[str, Tensor] | None:
-    """The model's tensors in a checkpoint by our names, on the CPU of rank 0; None on the others."""
-    if not context.is_main or found.path is None:
-        return None
-    return pretrained.from_hf(checkpoint.read_tensors(found.path / "model.safetensors"))
-
-
 def weights_and_moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor that must be the same on every rank, by name."""
     return {**dict(model.named_parameters()), **optim.optimizer_tensors(model, optimizer)}
 
 
+def restore_weights(found: Resume, context: DistContext, model: GPT) -> None:
+    """Put the weights of the checkpoint into `model` on every rank; rank 0 reads them."""
+    path = found.path
+    assert path is not None  # `find_checkpoint` raises where there is none
+    context.together(lambda: pretrained.load_weights(path, model) if context.is_main else None)
+    context.broadcast_tensors(dict(model.named_parameters()))
+
+
 def restore(
     resume: Resume, context: DistContext, model: GPT, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> TrainState:
-    """Give the optimizer and the scaler what the checkpoint holds for them, on every rank."""
+    """Put what the checkpoint holds for the optimizer and the scaler into them on every rank; rank 0 reads it.
+
+    The optimizer's state is that of `optim.allocate_state`, whose tensors stay.
+    """
     if resume.path is None:
         return TrainState()
     file = resume.path / "optimizer.safetensors"
-    tensors = context.together(lambda: checkpoint.read_tensors(file) if context.is_main else None)
-    optimizer.state.clear()
-    optim.load_optimizer_tensors(model, optimizer, context.broadcast_tensors(tensors))
+
+    def load() -> None:
+        if context.is_main:
+            optim.load_optimizer_tensors(model, optimizer, checkpoint.read_tensors(file))
+
+    context.together(load)  # whole, before the first is sent: an error of rank 0 leaves nobody waiting
+    context.broadcast_tensors(optim.optimizer_tensors(model, optimizer))
     if scaler.is_enabled() and resume.state["scaler"]:
         scaler.load_state_dict(resume.state["scaler"])
     return TrainState(**{name: resume.state[name] for name in ("step", "tokens_seen", "data_hash")})

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.model import GPT
+from gpt2_ddp.precision import evaluating
 from gpt2_ddp.tokenizer import EOT, VOCAB_SIZE
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     prompt: Tensor | Sequence[int] | Sequence[Sequence[int]],
@@ -22,13 +22,15 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
     stop_at_eot: bool = False,
+    sequence_length: int | None = None,
     autocast: AbstractContextManager[object] | None = None,
 ) -> Tensor:
     """The prompt and what follows it: (T,) or (B, T) ids -> (B, T + up to `max_new_tokens`) int64 on the CPU.
 
-    Each row is a sample of its own. Only the last `block_size` tokens are looked at. `temperature` 0 takes the
-    likeliest token; `top_k` draws among the k likeliest. With `stop_at_eot` a row that has ended goes on with
-    end-of-text, and the whole ends when all rows have.
+    Each row is a sample of its own. Only the last `sequence_length` tokens are looked at, `block_size` if not given:
+    positions past the length of the training sequences mean nothing to a model. `temperature` 0 takes the likeliest
+    token; `top_k` draws among the k likeliest. With `stop_at_eot` a row that has ended goes on with end-of-text, and
+    the whole ends when all rows have.
 
     Draws on the CPU from a generator of its own, so that `seed` means the same on every device and no other random
     number changes; the model is left in the mode it was in.
@@ -39,24 +41,21 @@ def generate(
     ids = torch.as_tensor(prompt, dtype=torch.int64).cpu()
     ids = ids[None] if ids.ndim == 1 else ids
     _check(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    length = min(sequence_length or model.config.block_size, model.config.block_size)
+    device = model.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     ended = torch.zeros(len(ids), dtype=torch.bool)
-    training = model.training
-    model.eval()
-    try:
-        with autocast or nullcontext():
-            for _ in range(max_new_tokens):
-                window = ids[:, -model.config.block_size :].to(model.wte.weight.device)
-                logits = model.logits(model.features(window)[:, -1])[:, :VOCAB_SIZE].float().cpu()
-                tokens = _draw(logits, temperature, top_k, generator)
-                if stop_at_eot:
-                    tokens = torch.where(ended, EOT, tokens)
-                    ended |= tokens == EOT
-                ids = torch.cat([ids, tokens[:, None]], dim=1)
-                if stop_at_eot and bool(ended.all()):
-                    break
-    finally:
-        model.train(training)
+    with evaluating(model), autocast or nullcontext():
+        for _ in range(max_new_tokens):
+            window = ids[:, -length:].to(device)
+            logits = model.logits(model.features(window)[:, -1])[:, :VOCAB_SIZE].float().cpu()
+            tokens = _draw(logits, temperature, top_k, generator)
+            if stop_at_eot:
+                tokens = torch.where(ended, EOT, tokens)
+                ended |= tokens == EOT
+            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            if stop_at_eot and bool(ended.all()):
+                break
     return ids
 
 

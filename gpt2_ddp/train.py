@@ -46,7 +46,7 @@ def train(run: Run) -> str:
         batch = run.data.next()
         result = train_step(run, batch)
         if run.guard.sees_spike(result.loss):
-            with timer.paused():
+            with timer.paused(due=True):
                 go_back(run, result)
             continue
         state.step += 1
@@ -54,7 +54,7 @@ def train(run: Run) -> str:
         state.data_hash = chained_hash(state.data_hash, batch.windows)
         if is_time(run, config.log_every):
             log_step(run, result, timer)
-        with timer.paused():
+        with timer.paused(due=is_time(run, config.val_every, config.hellaswag_every, config.sample_every)):
             if is_time(run, config.val_every):
                 validate(run)
             if is_time(run, config.hellaswag_every):
@@ -62,8 +62,10 @@ def train(run: Run) -> str:
             if is_time(run, config.sample_every):
                 sample(run)
             stopping = run.stop.agreed(run.context)
-            saving = stopping or is_time(run, config.checkpoint_every) or state.step == config.max_steps
-            if config.check_ranks_every and (saving or is_time(run, config.check_ranks_every)):
+        saving = stopping or is_time(run, config.checkpoint_every) or state.step == config.max_steps
+        comparing = config.check_ranks_every > 0 and (saving or is_time(run, config.check_ranks_every))
+        with timer.paused(due=saving or comparing):
+            if comparing:
                 require_equal_ranks(run.context, resume.weights_and_moments(run.model, run.optimizer))
             if saving:
                 save(run, final=stopping or state.step == config.max_steps)
@@ -118,7 +120,7 @@ def go_back(run: Run, result: StepResult) -> None:
     spike_step, loss = run.state.step + 1, float(result.loss)
     report_saves(run, wait=True)
     found = run.context.from_main(lambda: resume.find_checkpoint(run.writer.directory))
-    run.model.load_state_dict(run.context.broadcast_tensors(resume.model_tensors(found, run.context)))
+    resume.restore_weights(found, run.context, run.model)
     restored = resume.restore(found, run.context, run.model, run.optimizer, run.precision.scaler)
     run.state.step, run.state.tokens_seen, run.state.data_hash = astuple(restored)
     run.skips.restore(found.state["skipped"], found.state["skipped_in_a_row"])

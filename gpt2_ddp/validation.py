@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.model import GPT
+from gpt2_ddp.precision import evaluating
 
 
-@torch.no_grad()
 def validation_loss(
     model: GPT,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -23,14 +23,11 @@ def validation_loss(
 
     Changes nothing: the model is left in the mode it was in, and no random number is drawn.
     """
-    training = model.training
-    model.eval()
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
-    with autocast:
+    with evaluating(model), autocast:
         for ids, targets in batches:
             context.beat()
             loss = model(ids.to(context.device), targets.to(context.device))
             total += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
-    model.train(training)
     loss_sum, tokens = context.sum(total).tolist()
     return float(loss_sum / tokens)

@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import numpy as np  # noqa: E402  the folders of the tests and of the project come first
 import psutil  # noqa: E402
+import torch  # noqa: E402
 from running import environment  # noqa: E402
 
 from gpt2_ddp import cli  # noqa: E402
@@ -87,9 +88,9 @@ def measure(folder: Path, batches: int) -> dict[str, float]:
     config = TrainConfig(data_dir=folder, micro_batch_size=64, total_batch_size=524_288)
     plan = plan_batches(config, 1)
     windows = timed("open and check the data", lambda: open_sources(config, plan)).train
-    with TrainData(windows, plan, rank=0, seed=1, pin_memory=False, first_step=1) as data:
+    with TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=1) as data:
         timed("first batch of a new run", data.next)
-    with TrainData(windows, plan, rank=0, seed=1, pin_memory=False, first_step=RESUMED_STEP) as data:
+    with TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=RESUMED_STEP) as data:
         timed(f"first batch at step {RESUMED_STEP:,}", data.next)
         told[WINDOWS] = timed(f"{batches} batches from there", read_on)
         data.seek(RESUMED_STEP + 1)

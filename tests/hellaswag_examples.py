@@ -84,7 +84,8 @@ def opinionated_model(block_size: int, seed: int = 0) -> GPT:
 
 def write_model(folder: Path, model: GPT) -> Path:
     """`model` as a Hugging Face directory, without a tokenizer."""
-    folder.mkdir()
-    save_file(to_hf(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir(parents=True)
+    tensors = {name: tensor.contiguous() for name, tensor in to_hf(model.state_dict()).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
     return folder

@@ -169,8 +169,10 @@ with open_context("auto") as context:
     on_cpu = context.sum(torch.ones(3))
     assert on_cpu.tolist() == [2.0, 2.0, 2.0] and not on_cpu.is_cuda
     assert context.max(context.rank) == 1
-    tensors = {"w": torch.full((2, 2), 5.0, device=context.device)} if context.is_main else None
-    assert context.broadcast_tensors(tensors)["w"].cpu().tolist() == [[5.0, 5.0], [5.0, 5.0]]
+    told = 5.0 - context.rank
+    tensors = {"w": torch.full((2, 2), told, device=context.device), "step": torch.tensor(told)}
+    context.broadcast_tensors(tensors)
+    assert tensors["w"].is_cuda and tensors["w"].tolist() == [[5.0, 5.0], [5.0, 5.0]] and tensors["step"] == 5
 assert not dist.is_initialized()
 print("through")
 """
@@ -228,8 +230,8 @@ def test_pinned_batches_are_the_same(data_dir: Path) -> None:
     windows = Windows(find_shards(data_dir, "train"), 16)
     plan = BatchPlan(micro_batch_size=2, sequence_length=16, total_batch_size=128)
     batches = []
-    for pin_memory in (True, False):
-        with TrainData(windows, plan, rank=0, seed=1, pin_memory=pin_memory, first_step=3) as data:
+    for device in (CUDA, torch.device("cpu")):
+        with TrainData(windows, plan, rank=0, seed=1, device=device, first_step=3) as data:
             batches.append(data.next())
     pinned, plain = batches
     assert pinned.tokens.is_pinned()
@@ -256,3 +258,12 @@ def test_evaluation_and_sampling_change_nothing(clean_run: CleanRun) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     on_cpu = load_model(checkpoint(clean_run()))
     assert found[0] == pytest.approx(validation_loss(on_cpu, [(ids, ids)], DistContext(), nullcontext()), abs=5e-3)
+
+
+def test_a_sample_never_waits_for_a_plan_of_cudnn(clean_run: CleanRun) -> None:
+    model = load_model(checkpoint(clean_run())).to(CUDA)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        generate(model, [1, 2, 3], max_new_tokens=4, autocast=torch.autocast("cuda", dtype=torch.float16))
+    names = {event.name for event in profile.events() if "scaled_dot_product" in event.name}
+    assert names
+    assert not [name for name in names if "cudnn" in name]

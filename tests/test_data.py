@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,7 @@ def train_data(
 ) -> TrainData:
     plan = BatchPlan(micro_batch_size=micro, sequence_length=LENGTH, total_batch_size=total, world_size=world_size)
     windows = Windows(find_shards(folder, "train"), LENGTH)
-    return TrainData(windows, plan, rank=rank, seed=seed, pin_memory=False, first_step=first)
+    return TrainData(windows, plan, rank=rank, seed=seed, device=torch.device("cpu"), first_step=first)
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +245,26 @@ def test_too_little_data_for_a_step_is_refused(folder: Path) -> None:
     require_one_step(windows, BatchPlan(total_batch_size=38 * LENGTH, **numbers))
     with pytest.raises(ValueError, match="holds 38 training windows of 8 tokens, and one step needs 39"):
         require_one_step(windows, BatchPlan(total_batch_size=39 * LENGTH, **numbers))
+
+
+def test_the_reader_pins_memory_by_way_of_its_own_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object, str]] = []
+
+    def spy(name: str) -> Callable[[object], object]:
+        return lambda it: calls.append((name, str(it), threading.current_thread().name)) or it
+
+    monkeypatch.setattr(torch.cuda, "set_device", spy("set_device"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: spy("pin")("a batch") and tensor)
+    for device in (torch.device("cuda", 3), torch.device("cpu")):
+        with replaced(train_data(folder), device) as data:
+            data.next()
+            data.next()
+    first, *others = calls
+    assert first == ("set_device", "cuda:3", "prefetch_0")
+    assert len(others) >= 2
+    assert set(others) == {("pin", "a batch", "prefetch_0")}
+
+
+def replaced(data: TrainData, device: torch.device) -> TrainData:
+    """The same batches for another device."""
+    return TrainData(data.windows, data.plan, rank=data.rank, seed=data.seed, device=device, first_step=1)

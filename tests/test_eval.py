@@ -99,11 +99,12 @@ def test_a_run_scores_as_it_did_while_it_trained(
     tmp_path: Path, data_dir: Path, clean_run: Callable[..., Path]
 ) -> None:
     folder = clean_run("--val-every", "20", "--val-tokens", "640")
-    flags = ["--model", folder, "--data-dir", data_dir, "--val-tokens", 640, "--sequence-length", 16]
+    flags = ["--model", folder, "--data-dir", data_dir, "--val-tokens", 640]
     found, printed = answer("val-loss", tmp_path / "loss.json", *flags)
     last = metrics(folder, "val")[-1]
     assert found == {"val_loss": pytest.approx(last["val_loss"], abs=1e-5), "tokens": last["tokens"]}
     assert "step_00000020" in printed
+    assert "16 at a time" in printed
 
 
 def test_samples_are_what_the_seed_draws(tmp_path: Path, model_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hellaswag_examples import write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -32,21 +33,13 @@ def randomized(config: GPTConfig, seed: int = 0) -> GPT:
     return model
 
 
-def write(folder: Path, model: GPT) -> Path:
-    """What a checkpoint has for a model."""
-    folder.mkdir(parents=True)
-    save_file(to_hf(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_config(model.config)))
-    return folder
-
-
 def same_weights(one: GPT, other: GPT) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_transformers_opens_what_we_write_and_answers_alike(tmp_path: Path) -> None:
     model = randomized(replace(SIZES["gpt2-nano"], block_size=40))
-    folder = write(tmp_path / "model", model)
+    folder = write_model(tmp_path / "model", model)
     for name, content in tokenizer_files().items():
         (folder / name).write_bytes(content)
     theirs, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -75,8 +68,10 @@ def test_we_open_what_transformers_writes(tmp_path: Path, shard_size: str) -> No
 
 def test_the_published_layout_has_no_prefix_and_carries_masks(tmp_path: Path) -> None:
     model = randomized(TINY)
-    folder = write(tmp_path / "model", model)
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in to_hf(model.state_dict()).items()}
+    folder = write_model(tmp_path / "model", model)
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 24, 24).tril() for layer in range(2)}
     masks |= {"h.0.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": tensors["wte.weight"].clone()}
     save_file(tensors | masks, folder / "model.safetensors")
@@ -88,7 +83,8 @@ def test_names_and_bits_survive_the_way_there_and_back() -> None:
     tensors["h.0.attn.c_attn.weight"][0, 0] = torch.tensor(0x7FC12345, dtype=torch.int32).view(torch.float32)  # a NaN
     theirs = to_hf(tensors)
     assert theirs["transformer.h.1.mlp.c_fc.weight"].shape == (16, 64)
-    assert all(tensor.is_contiguous() for tensor in theirs.values())
+    own = {tensor.data_ptr() for tensor in tensors.values()}
+    assert {tensor.data_ptr() for tensor in theirs.values()} == own  # nothing is copied on the way
     back = from_hf(theirs)
     assert list(back) == list(tensors)
     for name, tensor in tensors.items():
@@ -97,7 +93,7 @@ def test_names_and_bits_survive_the_way_there_and_back() -> None:
 
 def test_padding_rows_are_the_mean_and_change_no_probability(tmp_path: Path) -> None:
     model = randomized(TINY)
-    folder = write(tmp_path / "model", model)
+    folder = write_model(tmp_path / "model", model)
     padded = load_model(folder, vocab_size=128, dropout=0.25)
     assert padded.config == replace(TINY, vocab_size=128, dropout=0.25)
     rows = padded.wte.weight
@@ -115,7 +111,7 @@ def test_padding_rows_are_the_mean_and_change_no_probability(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_floating_point_formats_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = randomized(TINY).to(dtype)
-    loaded = load_model(write(tmp_path / "model", model))
+    loaded = load_model(write_model(tmp_path / "model", model))
     assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
     assert same_weights(loaded, model.float())
 
@@ -160,7 +156,7 @@ def break_model(folder: Path, fault: str) -> None:
     ],
 )
 def test_broken_weights_are_refused_by_name(tmp_path: Path, fault: str, message: str) -> None:
-    folder = write(tmp_path / "model", randomized(TINY))
+    folder = write_model(tmp_path / "model", randomized(TINY))
     break_model(folder, fault)
     with pytest.raises(ValueError, match=message):
         load_model(folder)
@@ -184,7 +180,7 @@ def test_broken_weights_are_refused_by_name(tmp_path: Path, fault: str, message:
     ],
 )
 def test_a_config_that_is_no_gpt2_of_ours_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    folder = write(tmp_path / "model", randomized(TINY))
+    folder = write_model(tmp_path / "model", randomized(TINY))
     (folder / "config.json").write_text(json.dumps(hf_config(TINY) | change))
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         load_model(folder)
@@ -207,7 +203,7 @@ JSON_VALUES = st.recursive(
 def test_any_value_in_a_config_loads_or_is_one_error(
     tmp_path_factory: pytest.TempPathFactory, key: str, value: Any
 ) -> None:
-    folder = write(tmp_path_factory.mktemp("fuzz") / "model", randomized(TINY))
+    folder = write_model(tmp_path_factory.mktemp("fuzz") / "model", randomized(TINY))
     (folder / "config.json").write_text(json.dumps(hf_config(TINY) | {key: value}))
     loads_or_refuses(folder)
 
@@ -215,14 +211,14 @@ def test_any_value_in_a_config_loads_or_is_one_error(
 @FUZZ
 @given(content=st.binary(max_size=64) | JSON_VALUES.map(lambda value: json.dumps(value).encode()))
 def test_any_file_as_config_is_one_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    folder = write(tmp_path_factory.mktemp("fuzz") / "model", randomized(TINY))
+    folder = write_model(tmp_path_factory.mktemp("fuzz") / "model", randomized(TINY))
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json"):
         load_model(folder)
 
 
 def test_a_deep_and_a_long_config_are_refused_at_once(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model", randomized(TINY))
+    folder = write_model(tmp_path / "model", randomized(TINY))
     (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="not JSON"):
         load_model(folder)
@@ -244,7 +240,7 @@ HEADER_FAULTS = st.one_of(
 def test_any_damage_to_a_safetensors_header_loads_or_is_one_error(
     tmp_path_factory: pytest.TempPathFactory, fault: tuple[str, int, bytes]
 ) -> None:
-    folder = write(tmp_path_factory.mktemp("fuzz") / "model", randomized(TINY))
+    folder = write_model(tmp_path_factory.mktemp("fuzz") / "model", randomized(TINY))
     weights = folder / "model.safetensors"
     kind, at, new = fault
     content = weights.read_bytes()
@@ -254,7 +250,7 @@ def test_any_damage_to_a_safetensors_header_loads_or_is_one_error(
 
 @pytest.mark.parametrize("shape", [[2**40, 16], [2**63, 2**63], [-1, 16], [97, 16, 1], []])
 def test_absurd_shapes_in_a_header_are_refused(tmp_path: Path, shape: list[int]) -> None:
-    folder = write(tmp_path / "model", randomized(TINY))
+    folder = write_model(tmp_path / "model", randomized(TINY))
     header = json.dumps({"wte.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -275,13 +271,13 @@ def loads_or_refuses(folder: Path) -> None:
 def test_a_run_is_its_newest_complete_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (5, 100_000_000, 20):
-        write(run / "checkpoints" / f"step_{step:08d}", randomized(TINY))
+        write_model(run / "checkpoints" / f"step_{step:08d}", randomized(TINY))
     (run / "config.json").write_text("{}")  # the run's own, not a model's
     with pytest.raises(ValueError, match="no complete checkpoint"):
         find_model(str(run))
     for step in (5, 20):
         (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").write_text("{}")
-    aside = write(run / "checkpoints" / "step_00000030.broken", randomized(TINY))
+    aside = write_model(run / "checkpoints" / "step_00000030.broken", randomized(TINY))
     (aside / "manifest.json").write_text("{}")
     assert find_model(str(run)) == run / "checkpoints" / "step_00000020"
     (run / "checkpoints" / "step_100000000" / "manifest.json").write_text("{}")
@@ -295,5 +291,5 @@ def test_names_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="neither a run nor a model"):
         find_model(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "gpt2", randomized(TINY))
+    write_model(tmp_path / "gpt2", randomized(TINY))
     assert find_model("gpt2") == Path("gpt2")

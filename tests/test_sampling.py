@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
+from gpt2_ddp import precision
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.hellaswag import Question, score
 from gpt2_ddp.model import GPT, SIZES, GPTConfig
+from gpt2_ddp.precision import attention_backends
 from gpt2_ddp.pretrained import hf_config, to_hf
 from gpt2_ddp.sampling import generate
 from gpt2_ddp.tokenizer import EOT
+from gpt2_ddp.validation import validation_loss
 
 SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 
@@ -117,6 +125,34 @@ def test_rows_that_end_stay_ended_and_all_ended_stops() -> None:
     assert free.shape[1] == 21
     for row, other, end in zip(rows.tolist(), free.tolist(), ends, strict=True):
         assert row[: min(end, 20) + 1] == other[: min(end, 20) + 1]
+
+
+def test_outside_of_training_cudnn_computes_no_attention_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decided for a GPU, in force here: PyTorch has the switches also where it has no GPU."""
+    on_gpu = attention_backends(torch.device("cuda", 0))
+    assert on_gpu is not None
+    assert {backend.name for backend in on_gpu} == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
+    assert attention_backends(torch.device("cpu")) is attention_backends(torch.device("mps")) is None
+    monkeypatch.setattr(precision, "attention_backends", lambda _: on_gpu)
+    attention, enabled = F.scaled_dot_product_attention, []
+
+    def spy(*args: Any, **options: Any) -> torch.Tensor:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model, ids = sharp(SMALL), torch.arange(8).view(2, 4)
+    question = Question(context=[1, 2], endings=[[3], [4], [5], [6, 7]], lengths=[1, 1, 1, 2], label=0)
+    for run in (
+        lambda: generate(model, [1, 2], max_new_tokens=2),
+        lambda: validation_loss(model, [(ids, ids)], DistContext(), nullcontext()),
+        lambda: score(model, [question], DistContext()),
+        lambda: model(ids, ids),
+    ):
+        before = len(enabled)
+        run()
+        assert len(enabled) > before
+    assert enabled == [False] * (len(enabled) - 2) + [True, True]  # training's, in two blocks, is left as it was
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,19 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from drivers import warm
+from drivers.live_bytes import LiveBytes
 from running import checkpoint, final_hashes, metrics, status, wait_until
+from safetensors.torch import load_file
 
+from gpt2_ddp import saver
 from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.model import GPT, GPTConfig
+from gpt2_ddp.pretrained import to_hf
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +93,37 @@ def test_a_last_save_that_fails_ends_all_ranks(data_dir: Path, tmp_path: Path) -
     assert "the last checkpoint, of step 12, is not saved" in done.stderr
     assert faults(checkpoint(out_dir, 12)) == []
     assert status(out_dir)["state"] == "finished"
+
+
+def test_a_save_holds_one_snapshot_and_the_writer_one_tensor_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices are transposed by the writer's thread, one after the other."""
+    model = GPT(GPTConfig(block_size=32, vocab_size=512, n_layer=8, n_head=2, n_embd=32)).init_weights(0)
+    files = {"model.safetensors": to_hf(model.state_dict())}
+    weights = {name: tensor.clone() for name, tensor in files["model.safetensors"].items()}
+    snapshot = sum(tensor.nbytes for tensor in weights.values())
+    caller, writer = LiveBytes(), LiveBytes()
+    write_checkpoint = saver.write_checkpoint
+
+    def watched(*args: Any) -> int:
+        with writer:
+            return write_checkpoint(*args)
+
+    monkeypatch.setattr(saver, "write_checkpoint", watched)
+    saves = saver.CheckpointWriter(tmp_path, keep=0, enabled=True, patience=60)
+    with caller:
+        saves.save(1, lambda: files)
+    with torch.no_grad():
+        model.wte.weight.fill_(0)  # training goes on
+    [report] = saves.reports(wait=True)
+    saves.close()
+    assert report.error is None
+    assert caller.peak == 2 * snapshot  # the weights and their copies
+    assert snapshot < writer.peak <= snapshot + max(tensor.nbytes for tensor in weights.values())
+    found = load_file(tmp_path / "step_00000001" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    assert found["transformer.h.0.mlp.c_fc.weight"].shape == (32, 128)
 
 
 @contextmanager

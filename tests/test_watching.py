@@ -8,9 +8,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
+
+from gpt2_ddp import events
+from gpt2_ddp.pretrained import load_model
+from gpt2_ddp.sampling import generate
+from gpt2_ddp.tokenizer import load_tokenizer
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
 """A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""
@@ -59,8 +65,13 @@ def test_any_cadence_gives_the_same_weights(
     save: int,
 ) -> None:  # fmt: skip
     flags = cadences(hellaswag, val=val, scored=scored, sample=sample, log=log, save=save)
-    warm.train(tmp_path / "run", data_dir, *flags)
+    done = warm.train(tmp_path / "run", data_dir, *flags)
     assert final_hashes(tmp_path / "run") == final_hashes(unwatched)
+    assert done.stdout.count("3 of 3 examples cut on the left") == (scored and 6 // scored + bool(6 % scored))
+    if sample:  # reads no more tokens at once than the run is trained with
+        model, prompt = load_model(checkpoint(tmp_path / "run")), load_tokenizer().encode(events.SAMPLE_PROMPT)
+        [row] = generate(model, prompt, max_new_tokens=48, top_k=50, seed=1337 + 6, sequence_length=8).tolist()
+        assert metrics(tmp_path / "run", "sample")[-1]["text"] == load_tokenizer().decode(row)
     for event, every in (("val", val), ("hellaswag", scored), ("sample", sample), ("train", log)):
         due = [step for step in range(1, 7) if every and (step % every == 0 or step == 6)]
         assert counted(tmp_path / "run", event) == dict.fromkeys(due, 1)
@@ -120,3 +131,38 @@ def test_a_finished_run_is_left_alone(unwatched: Path, data_dir: Path) -> None:
         name.removeprefix("checkpoints/"): digest for name, digest in before.items() if name.startswith("checkpoints/")
     }
     assert checkpoint(unwatched).name == "step_00000006"
+
+
+def test_the_clock_waits_for_the_device_only_where_something_heavy_follows(data_dir: Path, tmp_path: Path) -> None:
+    cadence = ["--log-every", "5", "--val-every", "4", "--val-tokens", "64", "--checkpoint-every", "6",
+               "--check-ranks-every", "7"]  # fmt: skip
+    listing = tmp_path / "waited"
+    warm.train(tmp_path / "run", data_dir, *cadence, faults={"watch_clock": {"listing": str(listing)}})
+    assert json.loads(listing.read_text()) == [4, 5, 6, 7, 8, 10, 12]
+
+
+def test_what_the_device_still_computes_counts_as_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock and a device of our own: the host is told to do 2 s of steps' work in no time, four times."""
+    clock = {"now": 100.0, "device is done": 100.0}
+
+    def give(seconds: float) -> None:
+        clock["device is done"] = max(clock.values()) + seconds
+
+    def synchronize(device: torch.device) -> None:
+        assert device == torch.device("cuda", 1)
+        clock["now"] = max(clock.values())
+
+    monkeypatch.setattr(events.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    timer = events.StepTimer(torch.device("cuda", 1))
+    for heavy in (False, True, False, False):
+        give(2.0)
+        with timer.paused(due=heavy):
+            if heavy:
+                give(50.0)
+            else:
+                clock["now"] += 0.5  # the host waits for other hosts while its device computes
+        if not heavy:
+            assert clock["now"] < clock["device is done"]
+    assert timer.restart() == 8.0
+    assert clock["now"] == 158.0

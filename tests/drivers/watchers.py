@@ -13,7 +13,7 @@ import torch
 from drivers.faults import before_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp import train
+from gpt2_ddp import events, train
 from gpt2_ddp.build import Run
 
 
@@ -64,4 +64,18 @@ def watch_compiled(*, listing: str) -> None:
     before_step(lambda *_: begun.append(True))
 
 
-WATCHERS = {watcher.__name__: watcher for watcher in (watch_reads, watch_compiled)}
+def watch_clock(*, listing: str) -> None:
+    """List the steps after which the clock of the steps waits for the device."""
+    step, waited = [0], set[int]()
+    original = events.StepTimer._settled
+
+    def settled(timer: events.StepTimer) -> float:
+        waited.add(step[0])
+        Path(listing).write_text(json.dumps(sorted(waited)))
+        return original(timer)
+
+    events.StepTimer._settled = settled
+    before_step(lambda _, batch: step.__setitem__(0, batch.step))
+
+
+WATCHERS = {watcher.__name__: watcher for watcher in (watch_reads, watch_compiled, watch_clock)}
