@@ -18,7 +18,7 @@ import tyro
 from gpu.__main__ import STAND_INS, chosen_parts
 from gpu.runner import Part, Report, SkippedPartError, run_parts
 from gpu.stand_ins.tyro import tyro as plain
-from running import ROOT, environment, metrics, run, train
+from running import ROOT, environment, metrics, run, train, wait_until
 
 from gpt2_ddp.config import TrainConfig
 
@@ -88,7 +88,7 @@ def test_no_part_ends_another(tmp_path: Path) -> None:
     assert failed["found"] == {"before": [{"a": 1}, {"b": 2.5}]}
     assert "bound of 3 s" in hung["reason"]
     assert 2.5 < hung["seconds"] < 20
-    assert not Path(f"/proc/{hung['found']['started']}").exists()
+    wait_until(lambda: not Path(f"/proc/{hung['found']['started']}").exists(), timeout=20)
     assert "status -9" in died["reason"]
     assert skipped["reason"] == "nothing to do"
     assert worked["found"] == {"answer": 42}

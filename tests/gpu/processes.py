@@ -97,6 +97,8 @@ def _write_to(log: Path) -> None:
     for number in (1, 2):
         os.dup2(descriptor, number)
     os.close(descriptor)
+    # Python's own may write elsewhere, where a test runner has replaced them.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
 
 
 def _kill_marked(mark: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -46,13 +47,12 @@ def converted(hint: Any, text: str) -> Any:
         return text
     if get_origin(hint) in (Union, UnionType):
         for each in get_args(hint):
-            try:
+            with suppress(SystemExit):
                 return converted(each, text)
-            except (ValueError, SystemExit):
-                continue
-    elif hint is NoneType and text == "None":
+    if hint is NoneType and text == "None":
         return None
-    elif isinstance(hint, type) and hint is not NoneType:
-        return hint(text)
+    if isinstance(hint, type) and hint is not NoneType:
+        with suppress(ValueError):
+            return hint(text)
     sys.stderr.write(f"{text!r} is no {hint}\n")
     raise SystemExit(2)
