@@ -1,4 +1,5 @@
-"""A real SLURM of two nodes of one CPU and two make-believe GPUs on this host, whole in one directory: munged, slurmctld and two slurmds.
+"""A real SLURM of two nodes of one CPU and two make-believe GPUs on this host, whole in one directory: munged,
+slurmctld and two slurmds.
 
 A job in the partition `urgent` preempts those in `all`, which have a grace period.
 """
