@@ -37,9 +37,9 @@ def test_all_parts_on_the_cpu(tmp_path: Path) -> None:
     assert told["machine"]["torch"] == torch.__version__
     found = {part["part"]: part["found"] for part in told["parts"]}
     assert found[3]["graphs after six steps"] == found[3]["graphs after the warm-up"] > 0
-    assert len(found[5]["speed"]) == 4
+    assert [row["way"] for row in found[5]["speed"]] == ["by block", "whole", "eager"]
     assert found[6]["compiled, twice"][0]["weights"] == found[6]["compiled, twice"][1]["weights"]
-    assert found[8]["without and with DDP"][1]["DDP"] == "DistributedDataParallel"
+    assert [row["gradients"] for row in found[8]["without and with DDP"]] == [28] * 3  # a CPU keeps them always
     assert {row["way"] for row in found[9]["GiB"]} == {"eager", "checkpointing", "compiled"}
     assert found[13]["saves"][0]["bytes"] > 0
     page = (tmp_path / "gpu.md").read_text()

@@ -82,6 +82,7 @@ def main() -> int:
             importlib.import_module("sitecustomize_vocabulary").install()
     parts = importlib.import_module("gpu.parts")  # imports PyTorch once, for the parts that are forked
     machine = isolated(find_machine) | {"done without": ", ".join(missing) or "nothing"}
+    os.environ[parts.GPUS] = str(machine["GPUs"])
     if not machine["GPUs"]:
         parts.warm_up_wiring()
     results = run_parts([part for part in parts.PARTS if part.number in flags.parts], flags.out, machine)

@@ -17,12 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.build import Run
+from gpt2_ddp.compute import make_reduction, trainable
+from gpt2_ddp.distributed import release
 from gpt2_ddp.kernels import head_loss
 from gpt2_ddp.model import GPT, model_config
 from gpu.processes import isolated
 from gpu.runner import Report, SkippedPartError
-from gpu.scene import Scene, compilations, find_scene, kernels, memory, step, training
+from gpu.scene import Scene, compilations, find_scene, has_gpu, kernels, memory, step, training
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -148,45 +150,51 @@ def reproducible(report: Report) -> None:
 
 @contextmanager
 def group_of_one(scene: Scene) -> Iterator[None]:
-    """A process group of one rank, in which `DistContext.wrap` wraps as for several."""
-    wrap = DistContext.wrap
+    """A process group of one rank: NCCL for what lies on the GPU, gloo for the rest."""
     backend, bound = ("cpu:gloo,cuda:nccl", scene.device) if scene.cuda else ("gloo", None)
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    DistContext.wrap = lambda context, model: wrap(replace(context, world_size=2), model)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        DistContext.wrap = wrap  # type: ignore[method-assign]
         dist.destroy_process_group()
+
+
+def under_ddp(run: Run) -> Run:
+    """The same run under DDP, made and warmed up by the trainer's own code, which does so for several ranks alone."""
+    several = replace(run.context, world_size=2)
+    wrapped = trainable(run.config, several, run.plan, run.hardware, run.precision, run.model)
+    several.shorten_timeouts(60)
+    reduction = make_reduction(wrapped, run.context, run.plan, reproducible=False)
+    return replace(run, train_model=wrapped, reduction=reduction)
 
 
 def forced_ddp(report: Report) -> None:
     """DDP over NCCL in a group of one rank: gradients stay views of its buckets, its memory, its end (D2, D16)."""
 
-    def measured(forced: bool) -> dict[str, Any]:
+    def measured(ddp: bool, compile: str) -> dict[str, Any]:
         scene = find_scene()
-        start = time.perf_counter()
-        with group_of_one(scene) if forced else nullcontext():
-            with training(scene, "gpt2", steps=4, micro_steps=2, dtype=scene.half, compile="off") as run:
-                for _ in range(3):
-                    step(run)
-                parameters = [p for p in run.model.parameters() if p.requires_grad]
-                grads = [p.grad for p in parameters if p.grad is not None]
-                found = {"DDP": type(run.train_model).__name__, "gradients": len(grads), "parameters": len(parameters)}
+        with group_of_one(scene):
+            with training(scene, "gpt2", steps=4, micro_steps=2, dtype=scene.half, compile=compile) as built:
+                run = under_ddp(built) if ddp else built
+                if scene.cuda:
+                    torch.cuda.reset_peak_memory_stats(scene.device)
+                losses = [float(step(run).loss) for _ in range(4)]
+                grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+                found = {"model": type(run.train_model).__name__, "compile": compile, "gradients": len(grads)}
                 found["storages of gradients"] = len({grad.untyped_storage().data_ptr() for grad in grads})
-                replace(run.context, world_size=2 if forced else 1).shorten_timeouts(60)
-                found["loss after shorter timeouts"] = float(step(run).loss)
-                found |= memory(scene)
+                found |= {"losses": losses} | memory(scene)
+                release(run.train_model)
             closing = time.perf_counter()
-        ended = time.perf_counter()
-        return found | {"seconds": round(ended - start, 2), "seconds to end the group": round(ended - closing, 3)}
+        return found | {"s to end the group": round(time.perf_counter() - closing, 3)}
 
-    alone, forced = isolated(lambda: measured(False)), isolated(lambda: measured(True))
-    report.add("without and with DDP", [alone, forced])
-    assert forced["DDP"] == "DistributedDataParallel"
-    views = forced["gradients"] == 0 or forced["storages of gradients"] < forced["gradients"]
-    report.add("gradients between steps", "none" if not forced["gradients"] else "views" if views else "their own")
-    assert views, "gradients have storages of their own beside DDP's buckets"
+    rows: list[dict[str, Any]] = []
+    for ddp, compile in ((False, "off"), (True, "off"), (True, "on")):
+        rows.append(isolated(lambda ddp=ddp, compile=compile: measured(ddp, compile)))
+        report.add("without and with DDP", rows)
+    for row in rows[1:]:
+        assert row["model"] == "DistributedDataParallel"
+        assert row["storages of gradients"] < row["gradients"], "gradients are not views of DDP's buckets"
+        assert row["losses"] == pytest.approx(rows[0]["losses"], abs=0.05)
 
 
 def half_precision(report: Report) -> None:
@@ -206,7 +214,7 @@ def half_precision(report: Report) -> None:
     head = isolated(dominant_target)
     report.add("head's gradient, one target", head)
     assert all(abs(run["losses"][-1] - runs[2]["losses"][-1]) < 0.2 for run in runs), "the formats train differently"
-    if torch.cuda.device_count():
+    if has_gpu():
         assert all(row["finite"] for row in head), "a float16 sum of gradients overflowed"
 
 

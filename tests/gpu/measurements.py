@@ -27,6 +27,7 @@ from gpu.scene import (
     Scene,
     compilations,
     find_scene,
+    has_gpu,
     kernels,
     largest_that_fits,
     memory,
@@ -44,23 +45,15 @@ def whole(run: Run) -> Run:
     return replace(run, train_model=torch.compile(run.model))
 
 
-def by_block(run: Run) -> Run:
-    """The same run with each block compiled by itself, and nothing else."""
-    for block in run.model.h:
-        block.compile()
-    return run
-
-
 WAYS: dict[str, tuple[str, Callable[[Run], Run]]] = {
-    "as the trainer compiles": ("on", lambda run: run),
+    "by block": ("on", lambda run: run),
     "whole": ("off", whole),
-    "each block": ("off", by_block),
     "eager": ("off", lambda run: run),
 }
 
 
 def steady_state(report: Report) -> None:
-    """30 steps at micro-batch 64, as the trainer compiles, whole, by block, eager: speed, memory, kernels (D2, D3)."""
+    """30 steps at micro-batch 64, compiled by block as in training, whole, eager: speed, memory, kernels (D2, D3)."""
 
     def measured(way: str, size: int) -> dict[str, Any]:
         scene = find_scene()
@@ -80,7 +73,7 @@ def steady_state(report: Report) -> None:
         if report.left() < ENOUGH_SECONDS:
             rows.append({"way": way, "tokens/s": "no time was left"})
             continue
-        told = largest_that_fits(2 if not torch.cuda.device_count() else 64, lambda size, way=way: measured(way, size))
+        told = largest_that_fits(64 if has_gpu() else 2, lambda size, way=way: measured(way, size))
         rows.append({"way": way, "micro-batch": told["micro-batch"]} | told["row"])
         report.add("speed", rows)
         report.add(f"a step, {way}, by kind", told["kinds"])
@@ -114,7 +107,7 @@ def rows_of_the_head(report: Report) -> None:
 
     table = []
     for compiled in (False, True):
-        for rows in (4096, 8192, 16_384, 65_536) if torch.cuda.device_count() else (64, 256):
+        for rows in (4096, 8192, 16_384, 65_536) if has_gpu() else (64, 256):
             row: dict[str, Any] = {"rows": rows, "compiled": compiled}
             try:
                 row |= isolated(lambda rows=rows, compiled=compiled: measured(rows, compiled))
@@ -127,7 +120,7 @@ def rows_of_the_head(report: Report) -> None:
 
 def memory_against_reckoned(report: Report) -> None:
     """`training_memory` beside what was allocated: three sizes, micro-batches 1, 8, 32, three ways (D2, D5)."""
-    sizes, batches = (("gpt2", "gpt2-large", "gpt2-xl"), (1, 8, 32)) if torch.cuda.device_count() else (("",), (2,))
+    sizes, batches = (("gpt2", "gpt2-large", "gpt2-xl"), (1, 8, 32)) if has_gpu() else (("",), (2,))
     table: list[dict[str, Any]] = []
     for model in sizes:
         for way in ("eager", "checkpointing", "compiled"):
@@ -160,15 +153,15 @@ def measured_memory(model: str, way: str, batch: int) -> dict[str, Any]:
         for _ in range(2):
             step(run)
         scene.synchronize()
-        known = {"compiled": compiled, "activation_checkpointing": checkpointing}
-        takes = inspect.signature(training_memory).parameters
         reckoned = training_memory(
             run.model.config,
             micro_batch_size=batch,
             sequence_length=scene.length,
             dtype=run.precision.dtype,
             device_type=scene.device.type,
-            **{name: value for name, value in known.items() if name in takes},
+            device_memory=torch.cuda.get_device_properties(scene.device).total_memory if scene.cuda else 0,
+            compiled=compiled,
+            activation_checkpointing=checkpointing,
         ).total
         found = memory(scene) | {"reckoned": round(reckoned / 2**30, 2)}
         if scene.cuda:
@@ -242,9 +235,9 @@ def saving(report: Report) -> None:
 
 def speed_ladder(report: Report) -> None:
     """The ladder of `python -m gpt2_ddp.bench` at micro-batch 16 and 65,536 tokens a step (D14)."""
-    scene_size = bool(torch.cuda.device_count())
-    device = torch.device("cuda", 0) if scene_size else torch.device("cpu")
-    rungs = ladder(device) if scene_size else [ladder(device)[0], ladder(device)[3]]
+    on_gpu = has_gpu()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    rungs = ladder(device) if on_gpu else [ladder(device)[0], ladder(device)[3]]
     rows: list[dict[str, Any]] = []
 
     def measured(name: str, steps: int) -> dict[str, Any]:

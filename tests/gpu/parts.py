@@ -8,7 +8,7 @@ from gpt2_ddp import build
 from gpt2_ddp.tokenizer import tokenizer_files
 from gpu import correctness, measurements
 from gpu.runner import Part
-from gpu.scene import warm_up_wiring
+from gpu.scene import GPUS, warm_up_wiring
 
 
 def shared_vocabulary() -> None:
@@ -17,7 +17,7 @@ def shared_vocabulary() -> None:
     build.tokenizer_files = lambda: files
 
 
-__all__ = ["PARTS", "warm_up_wiring"]
+__all__ = ["GPUS", "PARTS", "warm_up_wiring"]
 
 shared_vocabulary()
 WORK = (

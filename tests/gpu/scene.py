@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import tempfile
 import time
@@ -36,6 +37,8 @@ KINDS = (
     ("elementwise", r"elementwise|vectorized|unrolled|(aten::|^)(add|mul|div|sub|exp|gelu|tanh)"),
 )
 """Kinds of kernels by a pattern in their names, the first that matches."""
+GPUS = "GPU_KIT_GPUS"
+"""Environment variable: how many GPUs there are."""
 TINY = GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=16)
 """The model of the wiring: its steps take milliseconds. The random tokens are all of its vocabulary."""
 
@@ -73,6 +76,11 @@ class Scene:
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
+
+
+def has_gpu() -> bool:
+    """As `python -m gpu` found it out: a part that forks further must not ask CUDA itself."""
+    return os.environ.get(GPUS, "0") != "0"
 
 
 def find_scene() -> Scene:
@@ -207,6 +215,7 @@ def largest_that_fits(size: int, measure: Callable[[int], dict[str, Any]]) -> di
         try:
             return {"micro-batch": size} | isolated(lambda size=size: measure(size))
         except RuntimeError as error:
-            if "OutOfMemoryError" not in str(error) or size == 1:
+            no_memory = "OutOfMemoryError" in str(error) or "does not fit into the GPU's memory" in str(error)
+            if not no_memory or size == 1:
                 raise
             size //= 2
