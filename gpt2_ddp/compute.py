@@ -131,7 +131,7 @@ def compiled_or_not(context: DistContext, plan: BatchPlan, precision: Precision,
     except OneRankError:
         raise
     except Exception as error:  # a compiler fails in more ways than can be listed
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # its first line says that it has failed
         warn(f"torch.compile failed ({reason}): training without it")
     optim.zero_gradients(model.parameters())
     return model if context.any(reason is not None) else compiled

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2_ddp.cuda_build import require_kernels, require_used
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -188,8 +190,11 @@ def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> 
     """The device of one rank for `--device {auto,cuda,cpu,mps}`.
 
     Raises:
-        ValueError: where the device is not there, or the node runs more ranks than it has GPUs.
+        ValueError: where the device is not there, PyTorch cannot use a GPU that is, or the node runs more ranks than it
+            has GPUs.
     """
+    if requested in ("auto", "cuda") and not torch.cuda.is_available():
+        require_used()
     if requested == "auto":
         alone = local_world_size == 1
         requested = (
@@ -204,6 +209,7 @@ def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> 
                 f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
                 f"start {gpus} with --nproc_per_node={gpus}"
             )
+        require_kernels(local_world_size)
         return torch.device("cuda", local_rank)
     if requested == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps, but this machine has no Metal GPU: use --device cpu")

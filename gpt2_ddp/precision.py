@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,17 +14,40 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "T4": {"float16": 65e12, "float32": 8.1e12},
-    "V100": {"float16": 125e12, "float32": 15.7e12},
-    "A10G": {"bfloat16": 70e12, "float16": 70e12},
-    "L4": {"bfloat16": 121e12, "float16": 121e12},
-    "A100": {"bfloat16": 312e12, "float16": 312e12, "float32": 156e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float16": 756e12, "float32": 378e12},
-    "H100": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
-    "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
+PEAK_FLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
+    # teraFLOP/s of: bfloat16, float16, float32
+    "V100 PCIe": (None, 112, 14),  # Tesla V100 data sheet
+    "V100 SXM2": (None, 125, 15.7),
+    "V100S": (None, 130, 16.4),  # Tesla V100S data sheet
+    "T4": (None, 65, 8.1),  # T4 data sheet
+    "A100": (312, 312, 156),  # A100 data sheet; SXM and PCIe alike
+    "A30": (165, 165, 82),  # A30 data sheet
+    "A10": (125, 125, 62.5),  # A10 data sheet
+    "A10G": (70, 70, 35),  # A10G data sheet (Amazon's G5 instances)
+    "A40": (149.7, 149.7, 74.8),  # A40 data sheet
+    "RTX A6000": (154.8, 154.8, 77.4),  # GA102 white paper 2.0, appendix C
+    "RTX 3090": (71, 71, 35.6),  # GA102 white paper 2.0, appendix A
+    "L4": (121, 121, 60),  # L4 data sheet: half of what it has with sparsity
+    "L40": (181.05, 181.05, 90.5),  # L40 data sheet
+    "L40S": (362.05, 362.05, 183),  # L40S data sheet
+    "RTX 6000 Ada": (364.2, 364.2, 182.1),  # Ada professional white paper, appendix
+    "RTX 4090": (165.2, 165.2, 82.6),  # Ada white paper, appendix A
+    "H100": (989, 989, 494),  # H100 data sheet, SXM: half of what it has with sparsity; so all of Hopper
+    "H100 PCIe": (756, 756, 378),  # H100 PCIe data sheet
+    "H100 NVL": (835, 835, 417),  # H100 data sheet, NVL
+    "H200": (989, 989, 494),  # H200 data sheet, SXM
+    "H200 NVL": (835, 835, 417),  # H200 data sheet, NVL
+    "GH200": (989, 989, 494),  # GH200 data sheet
+    "B100": (1750, 1750, None),  # HGX B100 data sheet, an eighth
+    "B200": (2250, 2250, 1100),  # HGX B200 data sheet: a GPU, half of what it has with sparsity
+    "GB200": (2500, 2500, 1250),  # GB200 NVL72 data sheet: as B200
+    "RTX 5090": (209.5, 209.5, 104.8),  # RTX Blackwell white paper, appendix A
 }
-"""Dense peak FLOP/s by a part of the device's name, from NVIDIA's data sheets; float32 is TF32 where there is TF32."""
+"""Dense peaks by what NVIDIA's documents call the card, of tensor cores that add up in float32 as PyTorch's matmuls do
+(GeForce cards add up in float16 twice as fast); float32 is TF32 where there is TF32."""
+PLAIN_WORDS = re.compile(r"nvidia|tesla|geforce|generation|gb|\d+gb?|hbm3e?|hbm2e?|sxm\d|pcie")
+"""What a card's name may say beside that and be the same card, in lower case. With any other word (Laptop, Ti, D, MIG
+1g.10gb, a virtual GPU's 8Q) it is another card, or a part of one."""
 
 COMPILE_FLOPS = 1e16
 """Floating-point operations of a run from which compiling surely pays on a CPU: about five hours on two cores."""
@@ -90,10 +114,15 @@ def choose_compile(requested: str, hardware: Hardware, *, run_flops: float) -> b
 
 
 def peak_flops(hardware: Hardware, dtype: torch.dtype) -> float | None:
-    """The device's dense peak in FLOP/s at `dtype`, None where the table does not know it."""
-    for part, peaks in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-        if all(word in hardware.name.replace("-", " ").split() for word in part.split()):
-            return peaks.get(str(dtype).removeprefix("torch."))
+    """The device's dense peak in FLOP/s at `dtype`, None where the table does not know it, or for a slice of a GPU."""
+    words = hardware.name.lower().replace("-", " ").split()
+    for card, peaks in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
+        named = card.lower().split()
+        if set(named) <= set(words):
+            if not all(word in named or PLAIN_WORDS.fullmatch(word) for word in words):
+                return None
+            peak = peaks[(torch.bfloat16, torch.float16, torch.float32).index(dtype)]
+            return peak * 1e12 if peak else None
     return None
 
 

@@ -6,6 +6,7 @@ import ctypes.util
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,12 +26,19 @@ for index in range(torch.cuda.device_count()):
     bus = [getattr(of, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
     gpus.append({"name": of.name, "memory_bytes": of.total_memory, "pci": bus})
 options = sorted(option for action in run.get_args_parser()._actions for option in action.option_strings)
-print(json.dumps({"gpus": gpus, "metal": torch.backends.mps.is_available(), "options": options}))
+reason = ""
+if not gpus:
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) + f" (PyTorch {torch.__version__})"
+print(json.dumps({"gpus": gpus, "metal": torch.backends.mps.is_available(), "options": options, "reason": reason}))
 """
 CPUS = Path("/sys/devices/system/cpu")
 NUMA_NODES = Path("/sys/devices/system/node")
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
+DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"))
 
 
 def discover(environment: Mapping[str, str]) -> Found:
@@ -43,6 +51,7 @@ def discover(environment: Mapping[str, str]) -> Found:
     return Found(
         gpus=parse_gpus(probed),
         has_metal=bool(probed["metal"]),
+        unused_gpu=find_unused_gpu(environment, str(probed["reason"])) if not probed["gpus"] else "",
         cores=find_cores(),
         cpu_quota=find_cpu_quota(),
         memory_bytes=psutil.virtual_memory().total,
@@ -72,6 +81,18 @@ def parse_gpus(probed: Mapping[str, list[dict[str, object]]]) -> tuple[Gpu, ...]
         Gpu(name=str(gpu["name"]), memory_bytes=int(str(gpu["memory_bytes"])), numa_node=pci_numa_node(gpu["pci"]))
         for gpu in probed["gpus"]
     )
+
+
+def find_unused_gpu(environment: Mapping[str, str], reason: str) -> str:
+    """Why PyTorch, which gave `reason`, finds no GPU although an NVIDIA driver is here; empty where there is none, or
+    where the user hid the GPUs. As `gpt2_ddp.cuda_build.why_unused`: the launcher starts any module and imports none.
+    """
+    traces = [str(file) for file in DRIVER_FILES if file.exists()]
+    traces += ["nvidia-smi"] * (shutil.which("nvidia-smi", path=environment.get("PATH")) is not None)
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if not traces or (visible is not None and not re.match(r"\d|GPU-|MIG-", visible.strip())):
+        return ""
+    return f"an NVIDIA driver is here ({', '.join(traces)}), but PyTorch finds no GPU: {reason or 'it says no more'}"
 
 
 def pci_numa_node(pci: object) -> int:

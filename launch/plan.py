@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 CORES_PER_CPU_RANK = 8
 """A rank's threads beyond this gain little: GPT-2's matrix products at small micro-batches stop scaling."""
@@ -57,6 +58,8 @@ class Found:
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
     has_metal: bool = False
+    unused_gpu: str = ""
+    """Why PyTorch finds no GPU although an NVIDIA driver is here."""
     cpu_quota: float | None = None
     """CPUs' worth of time that the container's control group grants; None without a limit."""
     slurm: SlurmStep | None = None
@@ -115,12 +118,10 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     more where that leaves each no more than about eight cores and the cores of one NUMA node.
 
     Raises:
-        ValueError: for more ranks than GPUs, ranks inside ranks, and nodes that do not know where to meet.
+        ValueError: for more ranks than GPUs, a GPU that PyTorch cannot use, ranks inside ranks, and nodes that do not
+            know where to meet.
     """
-    if found.under_torchrun:
-        raise ValueError("this process already runs under torchrun: start the trainer itself, without launch")
-    if min(flags.nproc_per_node, flags.nnodes, flags.max_restarts) < 0:
-        raise ValueError("--nproc-per-node, --nnodes and --max-restarts must not be negative")
+    require_possible(found, flags)
     gpus = () if flags.cpu else found.gpus
     cores = usable_cores(found)
     nproc = flags.nproc_per_node or len(gpus) or (1 if found.has_metal and not flags.cpu else cpu_ranks(found))
@@ -135,7 +136,7 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     endpoint, run_id, local_address = rendezvous(found.slurm, flags, nnodes)
     affinity = gpu_affinity(gpus[:nproc], found.cores) if gpus else cpu_affinity(found, nproc)
     environment = {"OMP_NUM_THREADS": str(threads)}
-    if flags.cpu and found.gpus:
+    if flags.cpu and (found.gpus or found.unused_gpu):
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if found.tcmalloc and not gpus and not found.ld_preload:
         environment["LD_PRELOAD"] = found.tcmalloc  # why: gpt2_ddp/allocator.py
@@ -158,6 +159,22 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
             *flags.trainer,
         ),
     )
+
+
+def require_possible(found: Found, flags: LaunchFlags) -> None:
+    """
+    Raises:
+        ValueError: for ranks inside ranks, negative numbers, and a GPU that PyTorch cannot use where neither --cpu nor
+            the trainer's --device cpu (its last --device wins) says that it need not.
+    """
+    if found.under_torchrun:
+        raise ValueError("this process already runs under torchrun: start the trainer itself, without launch")
+    if min(flags.nproc_per_node, flags.nnodes, flags.max_restarts) < 0:
+        raise ValueError("--nproc-per-node, --nnodes and --max-restarts must not be negative")
+    words = " ".join(flags.trainer).replace("=", " ").split()
+    devices = [value for flag, value in pairwise(words) if flag == "--device"]
+    if found.unused_gpu and not flags.cpu and devices[-1:] != ["cpu"]:
+        raise ValueError(f"{found.unused_gpu}; mend that, or train on the CPU with --cpu")
 
 
 def usable_cores(found: Found) -> int:

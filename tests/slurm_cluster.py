@@ -1,4 +1,5 @@
-"""A real SLURM of two one-CPU nodes on this host, whole in one directory: munged, slurmctld and two slurmds.
+"""A real SLURM of two nodes of one CPU and two make-believe GPUs on this host, whole in one directory: munged,
+slurmctld and two slurmds.
 
 A job in the partition `urgent` preempts those in `all`, which have a grace period.
 """
@@ -77,6 +78,9 @@ def slurm_cluster(directory: Path, inherited: Mapping[str, str]) -> Iterator[Slu
         (directory / name).mkdir()
     ports = iter(free_ports(1 + len(NODES)))
     configuration.write_text(slurm_conf(directory, next(ports), dict(zip(NODES, ports, strict=True))))
+    for number in (0, 1):
+        (directory / f"gpu{number}").touch()
+    (directory / "gres.conf").write_text(f"Name=gpu File={directory}/gpu[0-1]\n")
     environment = {**inherited, "PATH": SYSTEM_PATH, "SLURM_CONF": str(configuration)}
     cluster = SlurmCluster(directory=directory, environment=environment)
     with ExitStack() as running:
@@ -95,7 +99,7 @@ def slurm_cluster(directory: Path, inherited: Mapping[str, str]) -> Iterator[Slu
 def slurm_conf(directory: Path, controller_port: int, node_ports: Mapping[str, int]) -> str:
     host = socket.gethostname()
     nodes = "".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=1000\n"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 Gres=gpu:2 RealMemory=1000\n"
         for name, port in node_ports.items()
     )
     return f"""
@@ -104,6 +108,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser={getpass.getuser()}
 AuthType=auth/munge
+GresTypes=gpu
 # A requeued job waits until the credential of its first start has expired.
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 StateSaveLocation={directory}/state

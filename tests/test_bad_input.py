@@ -220,6 +220,7 @@ def test_a_place_where_no_directory_can_be(tmp_path: Path, data_dir: Path, place
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
     for requested in ("auto", "cuda"):
         assert choose_device(requested, local_rank=1, local_world_size=2) == torch.device("cuda", 1)
         with pytest.raises(ValueError, match=r"4 ranks on .*, which has 2 GPUs: start 2 with --nproc_per_node=2"):

@@ -100,6 +100,16 @@ def test_cpu_flag_hides_the_gpus() -> None:
     assert planned.environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_a_gpu_that_pytorch_cannot_use_is_refused_unless_the_cpu_is_asked_for() -> None:
+    found = node(16, unused_gpu="the driver is too old")
+    for trainer in ((), ("--device", "auto"), ("--device=cpu", "--device=auto"), ("--data-dir", "cpu")):
+        with pytest.raises(ValueError, match=r"the driver is too old; .* --cpu"):
+            plan(found, LaunchFlags(trainer=trainer))
+    for trainer in (("--device", "cpu"), ("--device=cuda", "--device=cpu")):
+        assert plan(found, LaunchFlags(trainer=trainer)).nproc_per_node == 2
+    assert plan(found, LaunchFlags(cpu=True)).environment["CUDA_VISIBLE_DEVICES"] == ""  # else the trainer refuses
+
+
 def test_two_slurm_nodes_of_eight_gpus() -> None:
     step = SlurmStep(job_id=4321, step_id="0", nodes=2, tasks=2, cpus=64, first_host="gpu03", own_host="gpu04")
     planned = plan(node(64, gpus=(A100,) * 8, slurm=step), NO_FLAGS)

@@ -27,10 +27,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 def submit(cluster: SlurmCluster, tmp_path: Path, data_dir: Path) -> Callable[..., str]:
     """Submits the trainer on both nodes, into `tmp_path`/run; gives the job's id."""
 
-    def submitted(*flags: str, time: str = "60") -> str:
+    def submitted(*flags: str, time: str = "60", asked: tuple[str, ...] = ("--nodes=2", "--cpus-per-task=1")) -> str:
         small = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
         places = ["--out-dir", tmp_path / "run", "--data-dir", data_dir]
-        own = ["--nodes=2", "--cpus-per-task=1", f"--output={tmp_path}/log", f"--time={time}"]
+        own = [*asked, f"--output={tmp_path}/log", f"--time={time}"]
         command = ["sbatch", "--parsable", *own, ROOT / "launch" / "slurm.sbatch", *small, *places, *flags]
         return cluster.run(*command, cwd=ROOT)
 
@@ -154,4 +154,13 @@ def test_a_user_error_fails_the_job_at_once_and_is_not_requeued(
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0"), log
     assert "error: " in log
     assert "33" in log
+    assert "1 CPU(s) and 0 GPU(s) on a node: sbatch --cpus-per-gpu=8, or --cpus-per-task=N without GPUs" in log
     assert "Traceback" not in log
+
+
+def test_cpus_may_be_asked_for_by_gpu(cluster: SlurmCluster, submit: Callable[..., str], tmp_path: Path) -> None:
+    """SLURM refuses that beside what the script or `srun` asks for by task."""
+    job_id = submit("--max-steps", "1", asked=("--gpus-per-node=1", "--cpus-per-gpu=1"))
+    wait_for_state(cluster, job_id, "COMPLETED", tmp_path)
+    assert steps(tmp_path / "run") == 1
+    assert "1 CPU(s) and 1 GPU(s) on a node: sbatch --cpus-per-gpu=8" in (tmp_path / "log").read_text()

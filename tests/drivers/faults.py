@@ -7,6 +7,7 @@ directory, so that the process that resumes is spared.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from drivers.disk import Disk
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 
 from gpt2_ddp import checkpoint, events, optim, saver, train
 from gpt2_ddp.build import Run
@@ -254,6 +257,16 @@ def elsewhere(*, rank: int) -> None:
         socket.gethostname = lambda: "elsewhere"
 
 
+def broken_compiler(*, backward: bool, rank: int | None = None) -> None:
+    """The compiler fails, for the forward or only for the backward pass, on one rank or on all."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("PassManager::run failed\nfor this architecture")
+
+    broken = aot_autograd(fw_compiler=nop, bw_compiler=fail) if backward else fail
+    torch.compile = functools.partial(torch.compile, backend=broken if rank in (None, RANK) else "eager")
+
+
 FAULTS = {
     fault.__name__: fault
     for fault in (
@@ -272,5 +285,6 @@ FAULTS = {
         fill_disk,
         other_data,
         elsewhere,
+        broken_compiler,
     )
 }
