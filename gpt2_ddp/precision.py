@@ -1,8 +1,9 @@
-"""Which number formats a run computes in, decided from what the hardware can do."""
+"""Which number formats a run computes in, decided from what the hardware can do, on a CPU by measuring it."""
 
 from __future__ import annotations
 
 import platform
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -21,6 +22,13 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "H200": {"bfloat16": 989e12, "float16": 989e12, "float32": 494e12},
 }
 """Dense peak FLOP/s by a part of the device's name, from NVIDIA's data sheets; float32 is TF32 where there is TF32."""
+
+BFLOAT16_GAIN = 1.25
+"""How many times as fast as float32 a CPU has to multiply bfloat16 for `auto` to take it."""
+MEASURED_ROWS, MEASURED_WIDTH = 256, 768
+"""Rows of the linear layer that is measured, and its width where the model's is not less."""
+MEASURED_SECONDS = 0.02
+"""Time for each format, after a first pass; at least one pass, which in emulated bfloat16 takes longer."""
 
 COMPILE_FLOPS = 1e16
 """Floating-point operations of a run from which compiling surely pays on a CPU: about five hours on two cores."""
@@ -58,13 +66,51 @@ def _cpu_has_bf16() -> bool:
     return any(bool(getattr(torch.cpu, f"_is_{part}_supported", bool)()) for part in ("avx512_bf16", "amx_tile"))
 
 
-def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str | None]:
-    """The dtype that matmuls run in for `--dtype {auto,bfloat16,float16,float32}`, and a warning or None.
+@dataclass(frozen=True, kw_only=True)
+class MatmulSpeed:
+    """FLOP/s of a linear layer's forward pass, by number format."""
 
-    `auto` asks the compute capability: `torch.cuda.is_bf16_supported()` also counts emulation, which crawls on a T4.
+    float32: float
+    bfloat16: float
+
+
+def measure_speed(requested: str, hardware: Hardware, width: int) -> MatmulSpeed | None:
+    """What `choose_dtype` has to know of this machine; None where it does not ask for it.
+
+    This process, with its threads, multiplies (256, width) by (width, 4 width) in each format. The fastest pass counts,
+    since what else runs on the machine only makes a pass slower. No random number is drawn.
+    """
+    if requested != "auto" or hardware.device_type != "cpu":
+        return None
+    width = min(width, MEASURED_WIDTH)
+    flops = 2 * MEASURED_ROWS * width * 4 * width
+    x, weight = torch.ones(MEASURED_ROWS, width), torch.ones(4 * width, width)
+    return MatmulSpeed(
+        float32=flops / _fastest_pass(x, weight), bfloat16=flops / _fastest_pass(x.bfloat16(), weight.bfloat16())
+    )
+
+
+def _fastest_pass(x: torch.Tensor, weight: torch.Tensor) -> float:
+    seconds: list[float] = []
+    while len(seconds) < 2 or sum(seconds[1:]) < MEASURED_SECONDS:  # the first pass also prepares the kernel
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def choose_dtype(
+    requested: str, hardware: Hardware, speed: MatmulSpeed | None = None
+) -> tuple[torch.dtype, str | None]:
+    """The dtype that matmuls run in for `--dtype {auto,bfloat16,float16,float32}`, and what is to be said of it or None.
+
+    On CUDA `auto` asks the compute capability: `torch.cuda.is_bf16_supported()` also counts emulation, which crawls on
+    a T4. On a CPU a capability is no promise of speed, so that `speed` decides; without it, float32.
     """
     native_bf16 = hardware.cpu_bf16 or (hardware.capability or (0, 0)) >= (8, 0)
     tensor_cores = hardware.capability is not None and hardware.capability >= (7, 0)
+    if requested == "auto" and hardware.device_type == "cpu":
+        return _faster_dtype(speed) if speed else (torch.float32, None)
     if requested == "auto":
         return torch.bfloat16 if native_bf16 else torch.float16 if tensor_cores else torch.float32, None
     if requested == "bfloat16" and not native_bf16 and hardware.device_type in ("cuda", "cpu"):
@@ -72,6 +118,20 @@ def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str |
         where = hardware.name or hardware.device_type
         return torch.bfloat16, f"{where} only emulates bfloat16; --dtype {faster} is faster here"
     return DTYPES[requested], None
+
+
+def _faster_dtype(speed: MatmulSpeed) -> tuple[torch.dtype, str]:
+    """The dtype for a CPU that multiplies at `speed`, and why."""
+    if speed.bfloat16 > BFLOAT16_GAIN * speed.float32:
+        dtype, taken, left = torch.bfloat16, speed.bfloat16, f"{speed.float32 / 1e12:.2g} in float32"
+    else:
+        dtype, taken, left = torch.float32, speed.float32, f"{speed.bfloat16 / 1e12:.2g} in bfloat16"
+    return dtype, f"dtype: {dtype_name(dtype)} by measurement: {taken / 1e12:.2g} TFLOP/s against {left}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `--dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_compile(requested: str, hardware: Hardware, *, run_flops: float) -> bool:
