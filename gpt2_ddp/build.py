@@ -142,7 +142,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
 
 
 def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) -> tuple[torch.dtype, list[str]]:
-    """The dtype of the run's matmuls, and lines that say why: by hand, else as the run began, else by `auto`; collective.
+    """The dtype of the matmuls, and lines that say why: by hand, else as the run began, else by `auto`; collective.
 
     A CPU is measured on rank 0 while the others wait. Every start of a run on the same kind of device computes alike.
     """

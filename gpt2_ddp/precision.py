@@ -102,7 +102,7 @@ def _fastest_pass(x: torch.Tensor, weight: torch.Tensor) -> float:
 def choose_dtype(
     requested: str, hardware: Hardware, speed: MatmulSpeed | None = None
 ) -> tuple[torch.dtype, str | None]:
-    """The dtype that matmuls run in for `--dtype {auto,bfloat16,float16,float32}`, and what is to be said of it or None.
+    """The dtype of matmuls for `--dtype {auto,bfloat16,float16,float32}`, and what is to be said of it or None.
 
     On CUDA `auto` asks the compute capability: `torch.cuda.is_bf16_supported()` also counts emulation, which crawls on
     a T4. On a CPU a capability is no promise of speed, so that `speed` decides; without it, float32.
