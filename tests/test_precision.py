@@ -60,7 +60,7 @@ def test_auto_takes_what_the_hardware_is_good_at(machine: str, expected: torch.d
         (0.32, 0.16, "float32 by measurement: 0.32 TFLOP/s against 0.16 in bfloat16"),  # AVX512-BF16 without AMX
         (0.168, 0.0204, "float32 by measurement: 0.17 TFLOP/s against 0.02 in bfloat16"),  # emulated
         (0.3, 1.2, "bfloat16 by measurement: 1.2 TFLOP/s against 0.3 in float32"),
-        (0.3, 0.33, "float32 by measurement: 0.3 TFLOP/s against 0.33 in bfloat16"),  # the rest of a step is slower
+        (0.31, 0.33, "float32 by measurement: 0.31 TFLOP/s against 0.33 in bfloat16"),  # the rest of a step is slower
     ],
 )
 def test_a_cpu_takes_what_is_measured_to_be_clearly_faster(
