@@ -13,7 +13,7 @@ from running import ROOT, environment
 
 PACKAGES = ("gpt2_ddp", "data_prep", "eval", "launch")
 FOUNDATION = {"model", "kernels", "tokenizer", "shards", "distributed", "precision", "cli"}
-COMPOSERS = {"train", "build", "compute", "resume", "events", "saver", "bench", "ladder", "micro_batch"}
+COMPOSERS = {"train", "build", "compute", "resume", "events", "saver", "bench", "ladder", "choices", "micro_batch"}
 """The modules that put the parts together; all others know only the foundation."""
 
 
