@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -40,13 +43,15 @@ COMPILE_FLOPS = 1e16
 class Hardware:
     """What a device is, as far as precision asks.
 
-    `capability` is CUDA's compute capability; `cpu_bf16` whether the CPU multiplies bfloat16 (AVX512-BF16 or AMX).
+    `capability` is CUDA's compute capability; `cpu_bf16` whether the CPU multiplies bfloat16 (AVX512-BF16 or AMX);
+    `cpp_compiler` whether the C++ compiler is there that torch.compile calls on a CPU.
     """
 
     device_type: str
     name: str = ""
     capability: tuple[int, int] | None = None
     cpu_bf16: bool = False
+    cpp_compiler: bool = True
 
 
 def found_hardware(device: torch.device) -> Hardware:
@@ -56,7 +61,9 @@ def found_hardware(device: torch.device) -> Hardware:
         return Hardware(device_type="cuda", name=name, capability=capability)
     if device.type == "cpu":
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return Hardware(device_type="cpu", name=name, cpu_bf16=_cpu_has_bf16())
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        found = shutil.which(compiler) is not None
+        return Hardware(device_type="cpu", name=name, cpu_bf16=_cpu_has_bf16(), cpp_compiler=found)
     return Hardware(device_type=device.type)
 
 
@@ -139,12 +146,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def choose_compile(requested: str, hardware: Hardware, *, run_flops: float) -> bool:
     """Whether to compile the training step for `--compile {auto,on,off}`.
 
-    auto does on the GPUs that Triton knows, and on a CPU for a run that is long enough to earn the compilation back.
+    auto does on the GPUs that Triton knows, and on a CPU with a compiler for a run that is long enough to earn the
+    compilation back.
     """
     if requested != "auto":
         return requested == "on"
     if hardware.device_type == "cpu":
-        return run_flops > COMPILE_FLOPS
+        return hardware.cpp_compiler and run_flops > COMPILE_FLOPS
     return (hardware.capability or (0, 0)) >= (7, 0)
 
 

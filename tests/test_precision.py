@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import timeit
 from pathlib import Path
 
@@ -150,6 +151,17 @@ def test_compiling_is_chosen_where_it_pays(machine: str) -> None:
         knows_triton = hardware.capability is not None and hardware.capability >= (7, 0)
         long_on_cpu = hardware.device_type == "cpu" and flops > COMPILE_FLOPS
         assert choose_compile("auto", hardware, run_flops=flops) == (knows_triton or long_on_cpu)
+
+
+def test_without_a_compiler_only_a_flag_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bare = found_hardware(CPU)
+    assert not choose_compile("auto", bare, run_flops=COMPILE_FLOPS * 2)
+    assert choose_compile("on", bare, run_flops=0)
+    (tmp_path / "g++").touch(mode=0o755)
+    if sys.platform == "linux":
+        assert choose_compile("auto", found_hardware(CPU), run_flops=COMPILE_FLOPS * 2)
 
 
 @pytest.mark.parametrize("machine", ["A100", "H100", "new CPU"])
