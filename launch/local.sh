@@ -21,8 +21,8 @@ say "data: text to tokens, in $data"
 say "training, in $run"
 "$python" -m launch -- --model gpt2-nano --data-dir "$data" --out-dir "$run" \
   --sequence-length 128 --micro-batch-size auto --total-batch-size 1024 \
-  --max-steps 400 --warmup-steps 20 --max-lr 1e-2 \
-  --val-every 100 --val-tokens 8192 --checkpoint-every 200 "$@"
+  --max-steps 300 --warmup-steps 20 --max-lr 1e-2 \
+  --val-every 100 --val-tokens 8192 --checkpoint-every 150 "$@"
 
 say "plot"
 "$python" -m eval plot "$run" --out "$run/plot.png"
