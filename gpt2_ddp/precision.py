@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -30,13 +31,17 @@ BFLOAT16_GAIN = 1.1
 """How many times as fast as float32 a CPU has to multiply bfloat16 for `auto` to take it. Its casts make the rest of a
 step slower: in a profile of `gpt2-mini` (one core of an AMD EPYC with AVX2) matmuls and attention were 86% of a float32
 step, other operations 14%, and in bfloat16 as much as 22% of a float32 step, so that the two formats meet at 1.11."""
-MEASURED_ROWS, MEASURED_WIDTH = 256, 768
+MEASURED_ROWS, MEASURED_WIDTH = 256, 512
 """Rows of the linear layer that is measured, and its width where the model's is not less."""
-MEASURED_SECONDS = 0.02
-"""Time for each format, after a first pass; at least one pass, which in emulated bfloat16 takes longer."""
+MEASURED_SECONDS, MEASURED_ROUNDS = 0.04, 5
+"""Both formats are measured in turn until so much time and so many rounds are over: where the machine is busy, a single
+pass may take a hundred times as long as the next."""
 
-COMPILE_FLOPS = 1e16
-"""Floating-point operations of a run from which compiling surely pays on a CPU: about five hours on two cores."""
+COMPILE_FLOPS = 2e14
+"""Floating-point operations of a run from which it is compiled on a CPU: about twenty minutes on two cores of an AMD
+EPYC with AVX2, where compiling the blocks of `gpt2-mini` took 31 s of a core and made forward and backward pass in float32
+1.08 times as fast, which is earned back after seven minutes. Not known elsewhere: where bfloat16 is fast, compiling
+gains more and a shorter run would earn it; where many cores do so much work in two minutes, only a longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +97,20 @@ def measure_speed(requested: str, hardware: Hardware, width: int) -> MatmulSpeed
     if requested != "auto" or hardware.device_type != "cpu":
         return None
     width = min(width, MEASURED_WIDTH)
-    flops = 2 * MEASURED_ROWS * width * 4 * width
     x, weight = torch.ones(MEASURED_ROWS, width), torch.ones(4 * width, width)
-    return MatmulSpeed(
-        float32=flops / _fastest_pass(x, weight), bfloat16=flops / _fastest_pass(x.bfloat16(), weight.bfloat16())
-    )
-
-
-def _fastest_pass(x: torch.Tensor, weight: torch.Tensor) -> float:
-    seconds: list[float] = []
-    while len(seconds) < 2 or sum(seconds[1:]) < MEASURED_SECONDS:  # the first pass also prepares the kernel
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    fastest = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    layers = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in fastest}
+    for layer in layers.values():
+        torch.nn.functional.linear(*layer)  # the first pass also prepares the kernel
+    began, rounds = time.perf_counter(), 0
+    while rounds < MEASURED_ROUNDS or time.perf_counter() - began < MEASURED_SECONDS:
+        rounds += 1
+        for dtype, layer in layers.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(*layer)
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
+    flops = 2 * MEASURED_ROWS * width * 4 * width
+    return MatmulSpeed(float32=flops / fastest[torch.float32], bfloat16=flops / fastest[torch.bfloat16])
 
 
 def choose_dtype(

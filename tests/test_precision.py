@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
 import timeit
 from pathlib import Path
 
@@ -85,6 +87,20 @@ def test_the_measurement_agrees_with_a_square_matmul() -> None:
     square = seconds[torch.float32] / seconds[torch.bfloat16]
     if not 0.6 < square < 2.4:  # else the shapes may decide
         assert (choose_dtype("auto", here, speed)[0] == torch.bfloat16) == (square > 1)
+
+
+def test_passes_that_something_else_interrupts_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, linear, passes = found_hardware(CPU), torch.nn.functional.linear, itertools.count()
+
+    def interrupted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002 if x.dtype == torch.bfloat16 else 0.0)  # so that the format is known
+        if next(passes) < 8 and x.dtype == torch.float32:
+            time.sleep(0.05)
+        return linear(x, weight)
+
+    monkeypatch.setattr("torch.nn.functional.linear", interrupted)
+    speed = measure_speed("auto", here, 16)
+    assert choose_dtype("auto", here, speed)[0] == torch.float32
 
 
 def test_only_auto_on_a_cpu_is_measured() -> None:
