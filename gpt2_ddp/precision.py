@@ -39,9 +39,9 @@ pass may take a hundred times as long as the next."""
 
 COMPILE_FLOPS = 2e14
 """Floating-point operations of a run from which it is compiled on a CPU: about twenty minutes on two cores of an AMD
-EPYC with AVX2, where compiling the blocks of `gpt2-mini` took 31 s of a core and made forward and backward pass in float32
-1.08 times as fast, which is earned back after seven minutes. Not known elsewhere: where bfloat16 is fast, compiling
-gains more and a shorter run would earn it; where many cores do so much work in two minutes, only a longer one."""
+EPYC with AVX2. There compiling the blocks of `gpt2-mini` took 31 s of a core and made the passes forward and backward
+1.04 times as fast in float32, which is earned back after 13 minutes. Not known elsewhere: where bfloat16 is fast,
+compiling gains more and a shorter run would earn it; where many cores do so much work in two minutes, a longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
