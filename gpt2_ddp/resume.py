@@ -128,10 +128,14 @@ def saved_dtype(config: TrainConfig, device_type: str) -> str | None:
     """The number format, as `--dtype` takes it, of the last start of the run that `--resume` continues.
 
     None where there is no such run, or where it computed on another kind of device: what is fast there says nothing.
+    Nor where its config.json cannot be read, which for another run's is no reason to refuse its checkpoint.
     """
-    run_dir = config.out_dir if config.resume == "auto" else Path(config.resume).parent.parent
+    run_dir = config.out_dir if config.resume == "auto" else Path(config.resume).resolve().parent.parent
     file = run_dir / "config.json"
-    starts = checkpoint.read_json(file).get("starts") if config.resume != "never" and file.exists() else None
+    try:
+        starts = checkpoint.read_json(file).get("starts") if config.resume != "never" and file.exists() else None
+    except ValueError:
+        return None
     last = starts[-1] if isinstance(starts, list) and starts else None
     if not isinstance(last, dict) or str(last.get("device")).split(":")[0] != device_type:
         return None
