@@ -11,10 +11,11 @@ from typing import Literal
 
 from gpt2_ddp.allocator import keep_freed_memory
 from gpt2_ddp.checkpoint import read_json
+from gpt2_ddp.cli import tell
 from gpt2_ddp.distributed import DistContext, open_context
 from gpt2_ddp.metrics import warn
 from gpt2_ddp.model import GPT
-from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware
+from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
 from gpt2_ddp.pretrained import find_model, load_model
 
 
@@ -27,7 +28,8 @@ class ModelChoice:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of matmuls; auto takes bfloat16 where the hardware has it, float16 on older tensor cores."""
+    """Number format of matmuls; auto takes what the GPU has, and on a CPU the one of float32 and bfloat16 that is
+    measured to be faster."""
     sequence_length: int | None = None
     """Tokens that the model reads at once; by default as many as its run was trained with, or else as it can take."""
     json: Path | None = None
@@ -76,17 +78,19 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
             keep_freed_memory()
         path = context.together(lambda: find_model(choice.model))
         gpt = context.together(lambda: load_model(path))
-        length, note = context.together(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
+        length, warning = context.together(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
         allow_tf32()
-        dtype, warning = choose_dtype(choice.dtype, found_hardware(context.device))
+        hardware = found_hardware(context.device)
+        speed = context.from_main(lambda: measure_speed(choice.dtype, hardware, gpt.config.n_embd))
+        dtype, note = choose_dtype(choice.dtype, hardware, speed)
         precision = Precision.of(dtype, context.device)
         opened = OpenModel(
             gpt=gpt.to(context.device), path=path, sequence_length=length, context=context, precision=precision
         )
-        if note:
-            opened.warn(note)
         if warning:
-            opened.say(f"warning: {warning}")
+            opened.warn(warning)
+        if note and context.is_main:
+            tell(note)
         yield opened
 
 

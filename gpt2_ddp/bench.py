@@ -1,9 +1,11 @@
-"""The speed ladder: what each means adds to a float32 baseline, on the hardware at hand.
+"""The speed ladder: what each means adds to a float32 baseline, on the hardware at hand; or what `auto` takes there.
 
 python -m gpt2_ddp.bench --json ladder.json --plot ladder.png
+python -m gpt2_ddp.bench --auto --json auto.json
 
 Every rung is measured in a process of its own (its peak memory is its own), in turn, and the rounds are repeated; a
-rung's time is the median of all its steps. All rungs see the same tokens and start from the same weights.
+rung's time is the median of all its steps. All rungs see the same tokens and start from the same weights. So are the
+choices of `auto` and their alternatives (choices.py).
 """
 
 from __future__ import annotations
@@ -13,25 +15,40 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from gpt2_ddp import cli
 from gpt2_ddp.allocator import PRELOAD, find_tcmalloc, preloaded
+from gpt2_ddp.choices import Outcome, compared, report, try_all
 from gpt2_ddp.distributed import DistContext, choose_device, open_context
-from gpt2_ddp.ladder import Measured, Shapes, ladder, measure
+from gpt2_ddp.ladder import Measured, Rung, Shapes, attention_rungs, first_rung_sequences, ladder, measure
+from gpt2_ddp.model import model_config
 from gpt2_ddp.precision import found_hardware
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench(Shapes):
-    """Measure the ladder; under torchrun, how the fastest rung scales from one rank to all."""
+class Bench:
+    """Measure the ladder, or what `auto` takes beside its alternatives; under torchrun, how the fastest rung scales."""
 
-    repeats: int = 3
-    """Rounds over all rungs."""
+    auto: bool = False
+    """Measure what `auto` takes on this machine, and what else could be chosen, by training."""
+    model: str | None = None
+    """The model's size; gpt2, with --auto gpt2-mini."""
+    sequence_length: int | None = None
+    """Tokens in a sequence; 1024, with --auto 256."""
+    micro_batch_size: int | None = None
+    """Sequences computed at once on the ladder; 4, on CUDA 16 or as many as the first rung has memory for."""
+    total_batch_size: int | None = None
+    """Tokens in a step on each rank; 32768. With --auto on all ranks together, and 8192 on a CPU."""
+    steps: int | None = None
+    """Timed steps a round, after one that is not timed; 2, on CUDA 20."""
+    repeats: int | None = None
+    """Rounds over all rungs or choices; 3, with --auto 1."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     json: Path | None = None
@@ -41,22 +58,45 @@ class Bench(Shapes):
     rung: str | None = None
     """Measure this rung alone, in this process, and print it as JSON."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.repeats < 1:
+    def shapes(self, device: torch.device) -> Shapes:
+        """What is computed on `device`: these flags, and for those that are not given, what lets it be judged.
+
+        Raises:
+            ValueError: for shapes that cannot be.
+        """
+        if self.repeats is not None and self.repeats < 1:
             raise ValueError("--repeats must be at least 1")
+        usual: dict[str, Any] = {
+            "model": "gpt2-mini",
+            "sequence_length": 256,
+            "micro_batch_size": 1,
+            "total_batch_size": 8192,
+        }
+        if not self.auto:
+            usual = {"model": "gpt2", "sequence_length": 1024, "micro_batch_size": 4, "total_batch_size": 32768}
+        given = {field.name: getattr(self, field.name) for field in fields(Shapes)}
+        values = usual | {"steps": 2} | {name: value for name, value in given.items() if value is not None}
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            values = for_cuda(values, memory) | {name: value for name, value in given.items() if value is not None}
+        return Shapes(**values)
 
 
-def climb(bench: Bench, device: torch.device) -> list[Measured]:
-    """Measure every rung in a process of its own, `repeats` times over, and print the table as it is known."""
-    rungs = ladder(device)
+def for_cuda(values: dict[str, Any], memory: int) -> dict[str, Any]:
+    """`values` of `Shapes` with which a GPU of `memory` bytes is bound by its work, not by launches of kernels."""
+    size = first_rung_sequences(model_config(values["model"]), values["sequence_length"], memory)
+    return values | {"micro_batch_size": size, "total_batch_size": 32768, "steps": 20}
+
+
+def climb(shapes: Shapes, device: torch.device, rungs: list[Rung], repeats: int) -> list[Measured]:
+    """Measure every rung in a process of its own, `repeats` times over; a `speedup` is over the first one."""
     seconds: dict[str, list[float]] = {rung.name: [] for rung in rungs}
     last: dict[str, Measured] = {}
-    own = [part for name, value in asdict(bench).items() if name not in ("json", "plot", "rung")
-           for part in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
-    for repeat in range(bench.repeats):
+    flags = asdict(shapes) | {"device": device.type}
+    own = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    for repeat in range(repeats):
         for rung in rungs:
-            print(f"round {repeat + 1} of {bench.repeats}: {rung.name}", file=sys.stderr, flush=True)
+            print(f"round {repeat + 1} of {repeats}: {rung.name}", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "gpt2_ddp.bench", *own, "--rung", rung.name]
             environment = os.environ | ({PRELOAD: find_tcmalloc()} if rung.tcmalloc else {})
             told = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
@@ -67,7 +107,7 @@ def climb(bench: Bench, device: torch.device) -> list[Measured]:
         replace(
             last[name],
             ms_per_step=round(median * 1000, 2),
-            tokens_per_sec=round(bench.total_batch_size / median, 2),
+            tokens_per_sec=round(shapes.total_batch_size / median, 2),
             speedup=round(medians[rungs[0].name] / median, 3),
         )
         for name, median in medians.items()
@@ -89,43 +129,64 @@ def table(rungs: list[Measured]) -> str:
 def main() -> None:
     bench = cli.parse(Bench, __doc__.splitlines()[0])
     device = choose_device(bench.device, local_rank=0, local_world_size=1)
+    shapes = bench.shapes(device)
     if bench.rung is not None:
-        chosen = [rung for rung in ladder(device) if rung.name == bench.rung]
+        rungs = [*ladder(device), *attention_rungs()]
+        chosen = [rung for rung in rungs if rung.name == bench.rung]
         if not chosen:
-            raise ValueError(f"--rung {bench.rung!r}: choose one of {[rung.name for rung in ladder(device)]}")
+            raise ValueError(f"--rung {bench.rung!r}: choose one of {[rung.name for rung in rungs]}")
         if chosen[0].tcmalloc and not preloaded(find_tcmalloc()):
             raise ValueError(f"--rung {bench.rung!r}: start it with {PRELOAD}={find_tcmalloc()}")
-        seconds, measured = measure(bench, chosen[0], DistContext(device=device))
+        seconds, measured = measure(shapes, chosen[0], DistContext(device=device))
         print(json.dumps({"seconds": seconds, "measured": asdict(measured)}))
         return
     with open_context(bench.device) as context:
         if context.world_size > 1:
-            show_scaling(bench, context)
+            show_scaling(shapes, context)
             return
-    rungs = climb(bench, device)
-    print(table(rungs))
+    hardware = asdict(found_hardware(device)) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if bench.auto:
+        outcomes = compare_choices(shapes, device, bench.repeats or 1)
+        print(report(outcomes))
+        results = {"choices": [asdict(outcome) for outcome in outcomes]}
+    else:
+        measured_rungs = climb(shapes, device, ladder(device), bench.repeats or 3)
+        print(table(measured_rungs))
+        results = {"rungs": [asdict(rung) for rung in measured_rungs]}
+        if bench.plot:
+            draw(measured_rungs, shapes, bench.plot)
     if bench.json:
-        hardware = asdict(found_hardware(device)) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        text = json.dumps({"hardware": hardware, "rungs": [asdict(rung) for rung in rungs]}, indent=2)
-        bench.json.write_text(text + "\n")
-    if bench.plot:
-        draw(rungs, bench)
+        bench.json.write_text(json.dumps({"hardware": hardware, **results}, indent=2) + "\n")
 
 
-def show_scaling(bench: Bench, context: DistContext) -> None:
+def compare_choices(shapes: Shapes, device: torch.device, repeats: int) -> list[Outcome]:
+    """What `auto` takes and its alternatives, measured; on a CPU also the two kinds of attention."""
+    with tempfile.TemporaryDirectory(prefix="gpt2_ddp_bench_") as folder:
+        outcomes = try_all(shapes, device.type, repeats, Path(folder))
+    if device.type != "cpu":
+        return outcomes
+    taken = next(outcome.name for outcome in outcomes if outcome.behind is not None and outcome.choice == "dtype")
+    own = "in blocks" if taken == "bfloat16" else "PyTorch's"
+    rungs = sorted(attention_rungs(), key=lambda rung: rung.name != own)
+    steps = climb(replace(shapes, total_batch_size=max(shapes.sequence_length, 1024)), device, rungs, repeats)
+    rates = {rung.name: rung.tokens_per_sec for rung in steps}
+    return outcomes + compared("attention", rates, own)
+
+
+def show_scaling(shapes: Shapes, context: DistContext) -> None:
     """Tokens/s of one rank alone and of all together."""
     fastest = ladder(context.device)[-1]
     alone = replace(context, world_size=1)
-    times = context.together(lambda: measure(bench, fastest, alone)[0] if context.is_main else [1.0])
+    times = context.together(lambda: measure(shapes, fastest, alone)[0] if context.is_main else [1.0])
     one = statistics.median(context.broadcast(times))
-    together = statistics.median(measure(bench, fastest, context)[0])
-    rate = context.world_size * bench.total_batch_size / together
+    together = statistics.median(measure(shapes, fastest, context)[0])
+    rate = context.world_size * shapes.total_batch_size / together
     if context.is_main:
-        print(f"1 rank: {bench.total_batch_size / one:.1f} tokens/s; {context.world_size} ranks: {rate:.1f} tokens/s")
+        print(f"1 rank: {shapes.total_batch_size / one:.1f} tokens/s; {context.world_size} ranks: {rate:.1f} tokens/s")
         print(f"scaling efficiency {one / together:.1%}")
 
 
-def draw(rungs: list[Measured], bench: Bench) -> None:
+def draw(rungs: list[Measured], shapes: Shapes, path: Path) -> None:
     """A bar chart of tokens/s, each bar with its speed-up."""
     try:
         from matplotlib.figure import Figure  # an extra
@@ -138,8 +199,8 @@ def draw(rungs: list[Measured], bench: Bench) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlabel("tokens per second")
-    axes.set_title(f"{bench.model}, {bench.sequence_length} tokens a sequence, {bench.total_batch_size:,} a step")
-    figure.savefig(str(bench.plot), dpi=120)
+    axes.set_title(f"{shapes.model}, {shapes.sequence_length} tokens a sequence, {shapes.total_batch_size:,} a step")
+    figure.savefig(str(path), dpi=120)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from gpt2_ddp.metrics import (
     WeightsAndBiases,
 )
 from gpt2_ddp.micro_batch import settle_micro_batch
-from gpt2_ddp.model import GPT
-from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware
+from gpt2_ddp.model import GPT, model_config
+from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
 from gpt2_ddp.resume import TrainState
 from gpt2_ddp.saver import CheckpointWriter
 from gpt2_ddp.shards import find_shards
@@ -98,7 +98,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         ValueError: for the user's mistakes, with the same outcome on every rank.
     """
     hardware = found_hardware(context.device)
-    dtype, warning = choose_dtype(config.dtype, hardware)
+    dtype, said_of_dtype = settle_dtype(config, context, hardware)
     precision = Precision.of(dtype, context.device)
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
@@ -116,8 +116,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    said = [*found.said, *([warning] if warning else [])]
-    log = context.together(lambda: open_log(config, context, state.step, said))
+    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *said_of_dtype]))
     return Run(
         config=config,
         context=context,
@@ -140,6 +139,24 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         state=state,
         tokenizer=tokenizer_files() if context.is_main else {},
     )
+
+
+def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) -> tuple[torch.dtype, list[str]]:
+    """The dtype of the matmuls, and lines that say why: by hand, else as the run began, else by `auto`; collective.
+
+    A CPU is measured on rank 0 while the others wait. Every start of a run on the same kind of device computes alike.
+    """
+    began = context.from_main(lambda: resume.saved_dtype(config, hardware.device_type))
+    said = []
+    if config.dtype != "auto":
+        said.append(f"dtype: {config.dtype} by --dtype" + (f"; the run had {began}" if began else ""))
+    elif began:
+        said.append(f"dtype: {began}, as at the start before; --dtype changes it")
+    requested = began if began and config.dtype == "auto" else config.dtype
+    width = model_config(config.model).n_embd
+    speed = context.from_main(lambda: measure_speed(requested, hardware, width))
+    dtype, note = choose_dtype(requested, hardware, speed)
+    return dtype, [*said, *([note] if note else [])]
 
 
 def hold_directory(out_dir: Path, held: ExitStack) -> None:

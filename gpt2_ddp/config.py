@@ -62,7 +62,8 @@ class TrainConfig:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of matmuls; auto takes bfloat16 where the hardware has it, float16 on older tensor cores."""
+    """Number format of matmuls; auto takes bfloat16 on GPUs that have it, float16 on older tensor cores, and on a CPU
+    the one of float32 and bfloat16 that is measured to be faster. A run keeps what it began with."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step with torch.compile; auto does where it pays."""
     activation_checkpointing: bool = False

@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2_ddp.allocator import find_tcmalloc, keep_freed_memory
 from gpt2_ddp.compilation import CompiledGPT
 from gpt2_ddp.distributed import DistContext, grad_sync
+from gpt2_ddp.kernels import BlockAttention
 from gpt2_ddp.model import GPT, GPTConfig, model_config
 from gpt2_ddp.optim import allocate_state, apply_update, parameter_groups
-from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, peak_flops
+from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed, peak_flops
 from gpt2_ddp.tokenizer import VOCAB_SIZE
 
 LEARNING_RATE = 6e-4
@@ -28,16 +29,14 @@ LEARNING_RATE = 6e-4
 class Shapes:
     """What is computed, and how often."""
 
-    model: str = "gpt2"
-    """The model's size."""
-    sequence_length: int = 1024
-    """Tokens in a sequence."""
-    micro_batch_size: int = 4
+    model: str
+    sequence_length: int
+    micro_batch_size: int
     """Sequences computed at once."""
-    total_batch_size: int = 32768
+    total_batch_size: int
     """Tokens in a step on each rank."""
-    steps: int = 2
-    """Timed steps a round, after one of a single micro-batch that is not timed."""
+    steps: int
+    """Timed steps a round, after one that is not timed."""
 
     def __post_init__(self) -> None:
         tokens = self.micro_batch_size * self.sequence_length
@@ -63,6 +62,9 @@ class Rung:
     fused_optimizer: bool = False
     chunked_head: bool = False
     block_attention: bool = False
+    """Where training takes it, which is in bfloat16 on a CPU."""
+    only_blocks: bool = False
+    """In blocks whatever the dtype."""
     kept_memory: bool = False
     """The process keeps what it frees, and moments and gradients come before all else, as in training."""
     tcmalloc: bool = False
@@ -104,6 +106,27 @@ def ladder(device: torch.device) -> list[Rung]:
     return rungs
 
 
+def attention_rungs() -> list[Rung]:
+    """The two kinds of attention, in a step that is otherwise that of training in eager mode."""
+    as_in_training = Rung(
+        name="PyTorch's", mixed=True, fused_attention=True, padded_vocabulary=True, fused_optimizer=True,
+        chunked_head=True, kept_memory=True,
+    )  # fmt: skip
+    return [as_in_training, replace(as_in_training, name="in blocks", block_attention=True, only_blocks=True)]
+
+
+def first_rung_sequences(config: GPTConfig, sequence_length: int, memory: int) -> int:
+    """Sequences of a micro-batch for CUDA: 16, which keep an A100 busy, or the power of two that the first rung fits.
+
+    That rung keeps each layer's attention weights and about 17 vectors of n_embd a position, and four times the logits,
+    all in float32; weights, gradients and moments are 16 bytes a parameter.
+    """
+    attention = config.n_layer * (config.n_head * sequence_length + 17 * config.n_embd)
+    each = 4 * sequence_length * (attention + 4 * config.vocab_size)
+    parameters = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
+    return next((size for size in (16, 8, 4, 2) if size * each + 16 * parameters < 0.9 * memory), 1)
+
+
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
     """Attention with its matrix of weights written out, (B, n_head, T, T)."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -114,6 +137,12 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
     """PyTorch's kernel."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def block_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
+    """In blocks, in any dtype."""
+    y: Tensor = BlockAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return y
 
 
 class WholeHead(GPT):
@@ -134,9 +163,10 @@ def rung_model(shapes: Shapes, rung: Rung) -> GPT:
     weights = GPT(model_config(shapes.model)).init_weights(0).state_dict()
     model = (GPT if rung.chunked_head else WholeHead)(config)
     model.load_state_dict(weights | {"wte.weight": weights["wte.weight"][: config.vocab_size]})
-    if not rung.block_attention:
+    if rung.only_blocks or not rung.block_attention:
+        plain = fused_attention if rung.fused_attention else explicit_attention
         for block in model.h:
-            block.attn.attend = fused_attention if rung.fused_attention else explicit_attention  # type: ignore[union-attr]
+            block.attn.attend = block_attention if rung.only_blocks else plain  # type: ignore[union-attr]
     return model
 
 
@@ -147,7 +177,9 @@ def measure(shapes: Shapes, rung: Rung, context: DistContext) -> tuple[list[floa
         allow_tf32()
     if rung.kept_memory:
         keep_freed_memory()
-    dtype = choose_dtype("auto" if rung.mixed else "float32", found_hardware(device))[0]
+    requested, hardware = "auto" if rung.mixed else "float32", found_hardware(device)
+    speed = context.from_main(lambda: measure_speed(requested, hardware, model_config(shapes.model).n_embd))
+    dtype = choose_dtype(requested, hardware, speed)[0]
     precision = Precision.of(dtype, device)
     model = rung_model(shapes, rung).to(device)
     train_model: nn.Module = model

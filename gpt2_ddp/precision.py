@@ -1,9 +1,14 @@
-"""Which number formats a run computes in, decided from what the hardware can do."""
+"""Which number formats a run computes in, decided from what the hardware can do, on a CPU by measuring it."""
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import re
+import shutil
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,21 +54,36 @@ PLAIN_WORDS = re.compile(r"nvidia|tesla|geforce|generation|gb|\d+gb?|hbm3e?|hbm2
 """What a card's name may say beside that and be the same card, in lower case. With any other word (Laptop, Ti, D, MIG
 1g.10gb, a virtual GPU's 8Q) it is another card, or a part of one."""
 
-COMPILE_FLOPS = 1e16
-"""Floating-point operations of a run from which compiling surely pays on a CPU: about five hours on two cores."""
+BFLOAT16_GAIN = 1.1
+"""How many times as fast as float32 a CPU has to multiply bfloat16 for `auto` to take it. Its casts make the rest of a
+step slower: in a profile of `gpt2-mini` (one core of an AMD EPYC with AVX2) matmuls and attention were 86% of a float32
+step, other operations 14%, and in bfloat16 as much as 22% of a float32 step, so that the two formats meet at 1.11."""
+MEASURED_ROWS, MEASURED_WIDTH = 256, 512
+"""Rows of the linear layer that is measured, and its width where the model's is not less."""
+MEASURED_SECONDS, MEASURED_ROUNDS = 0.04, 5
+"""Both formats are measured in turn until so much time and so many rounds are over: where the machine is busy, a single
+pass may take a hundred times as long as the next."""
+
+COMPILE_FLOPS = 2e14
+"""Floating-point operations of a run from which it is compiled on a CPU: about twenty minutes on two cores of an AMD
+EPYC with AVX2. There compiling the blocks of `gpt2-mini` took 31 s of a core and made the passes forward and backward
+1.04 times as fast in float32, which is earned back after 13 minutes. Not known elsewhere: where bfloat16 is fast,
+compiling gains more and a shorter run would earn it; where many cores do so much work in two minutes, a longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     """What a device is, as far as precision asks.
 
-    `capability` is CUDA's compute capability; `cpu_bf16` whether the CPU multiplies bfloat16 (AVX512-BF16 or AMX).
+    `capability` is CUDA's compute capability; `cpu_bf16` whether the CPU multiplies bfloat16 (AVX512-BF16 or AMX);
+    `cpp_compiler` whether the C++ compiler is there that torch.compile calls on a CPU.
     """
 
     device_type: str
     name: str = ""
     capability: tuple[int, int] | None = None
     cpu_bf16: bool = False
+    cpp_compiler: bool = True
 
 
 def found_hardware(device: torch.device) -> Hardware:
@@ -73,7 +93,9 @@ def found_hardware(device: torch.device) -> Hardware:
         return Hardware(device_type="cuda", name=name, capability=capability)
     if device.type == "cpu":
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return Hardware(device_type="cpu", name=name, cpu_bf16=_cpu_has_bf16())
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        found = shutil.which(compiler) is not None
+        return Hardware(device_type="cpu", name=name, cpu_bf16=_cpu_has_bf16(), cpp_compiler=found)
     return Hardware(device_type=device.type)
 
 
@@ -85,13 +107,51 @@ def _cpu_has_bf16() -> bool:
     return any(bool(getattr(torch.cpu, f"_is_{part}_supported", bool)()) for part in ("avx512_bf16", "amx_tile"))
 
 
-def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str | None]:
-    """The dtype that matmuls run in for `--dtype {auto,bfloat16,float16,float32}`, and a warning or None.
+@dataclass(frozen=True, kw_only=True)
+class MatmulSpeed:
+    """FLOP/s of a linear layer's forward pass, by number format."""
 
-    `auto` asks the compute capability: `torch.cuda.is_bf16_supported()` also counts emulation, which crawls on a T4.
+    float32: float
+    bfloat16: float
+
+
+def measure_speed(requested: str, hardware: Hardware, width: int) -> MatmulSpeed | None:
+    """What `choose_dtype` has to know of this machine; None where it does not ask for it.
+
+    This process, with its threads, multiplies (256, width) by (width, 4 width) in each format. The fastest pass counts,
+    since what else runs on the machine only makes a pass slower. No random number is drawn.
+    """
+    if requested != "auto" or hardware.device_type != "cpu":
+        return None
+    width = min(width, MEASURED_WIDTH)
+    x, weight = torch.ones(MEASURED_ROWS, width), torch.ones(4 * width, width)
+    fastest = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    layers = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in fastest}
+    for layer in layers.values():
+        torch.nn.functional.linear(*layer)  # the first pass also prepares the kernel
+    began, rounds = time.perf_counter(), 0
+    while rounds < MEASURED_ROUNDS or time.perf_counter() - began < MEASURED_SECONDS:
+        rounds += 1
+        for dtype, layer in layers.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(*layer)
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
+    flops = 2 * MEASURED_ROWS * width * 4 * width
+    return MatmulSpeed(float32=flops / fastest[torch.float32], bfloat16=flops / fastest[torch.bfloat16])
+
+
+def choose_dtype(
+    requested: str, hardware: Hardware, speed: MatmulSpeed | None = None
+) -> tuple[torch.dtype, str | None]:
+    """The dtype of matmuls for `--dtype {auto,bfloat16,float16,float32}`, and what is to be said of it or None.
+
+    On CUDA `auto` asks the compute capability: `torch.cuda.is_bf16_supported()` also counts emulation, which crawls on
+    a T4. On a CPU a capability is no promise of speed, so that `speed` decides; without it, float32.
     """
     native_bf16 = hardware.cpu_bf16 or (hardware.capability or (0, 0)) >= (8, 0)
     tensor_cores = hardware.capability is not None and hardware.capability >= (7, 0)
+    if requested == "auto" and hardware.device_type == "cpu":
+        return _faster_dtype(speed) if speed else (torch.float32, None)
     if requested == "auto":
         return torch.bfloat16 if native_bf16 else torch.float16 if tensor_cores else torch.float32, None
     if requested == "bfloat16" and not native_bf16 and hardware.device_type in ("cuda", "cpu"):
@@ -101,15 +161,30 @@ def choose_dtype(requested: str, hardware: Hardware) -> tuple[torch.dtype, str |
     return DTYPES[requested], None
 
 
+def _faster_dtype(speed: MatmulSpeed) -> tuple[torch.dtype, str]:
+    """The dtype for a CPU that multiplies at `speed`, and why."""
+    if speed.bfloat16 > BFLOAT16_GAIN * speed.float32:
+        dtype, taken, left = torch.bfloat16, speed.bfloat16, f"{speed.float32 / 1e12:.2g} in float32"
+    else:
+        dtype, taken, left = torch.float32, speed.float32, f"{speed.bfloat16 / 1e12:.2g} in bfloat16"
+    return dtype, f"dtype: {dtype_name(dtype)} by measurement: {taken / 1e12:.2g} TFLOP/s against {left}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `--dtype` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_compile(requested: str, hardware: Hardware, *, run_flops: float) -> bool:
     """Whether to compile the training step for `--compile {auto,on,off}`.
 
-    auto does on the GPUs that Triton knows, and on a CPU for a run that is long enough to earn the compilation back.
+    auto does on the GPUs that Triton knows, and on a CPU with a compiler for a run that is long enough to earn the
+    compilation back.
     """
     if requested != "auto":
         return requested == "on"
     if hardware.device_type == "cpu":
-        return run_flops > COMPILE_FLOPS
+        return hardware.cpp_compiler and run_flops > COMPILE_FLOPS
     return (hardware.capability or (0, 0)) >= (7, 0)
 
 

@@ -17,6 +17,7 @@ from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.model import GPT
+from gpt2_ddp.precision import DTYPES
 
 COUNTS = ("step", "tokens_seen", "skipped", "skipped_in_a_row")
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -121,6 +122,25 @@ def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:
     if not isinstance(size, int) or size < 1 or config.total_batch_size % (size * config.sequence_length * world_size):
         return None
     return size
+
+
+def saved_dtype(config: TrainConfig, device_type: str) -> str | None:
+    """The number format, as `--dtype` takes it, of the last start of the run that `--resume` continues.
+
+    None where there is no such run, or where it computed on another kind of device: what is fast there says nothing.
+    Nor where its config.json cannot be read, which for another run's is no reason to refuse its checkpoint.
+    """
+    run_dir = config.out_dir if config.resume == "auto" else Path(config.resume).resolve().parent.parent
+    file = run_dir / "config.json"
+    try:
+        starts = checkpoint.read_json(file).get("starts") if config.resume != "never" and file.exists() else None
+    except ValueError:
+        return None
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    if not isinstance(last, dict) or str(last.get("device")).split(":")[0] != device_type:
+        return None
+    name = str(last.get("dtype")).removeprefix("torch.")
+    return name if name in DTYPES else None
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -188,6 +188,8 @@ def usable_cores(found: Found) -> int:
 
 
 def cpu_ranks(found: Found) -> int:
+    """How many ranks share the cores, a power of two. Measured on two cores only; on more a rule of thumb, which
+    `python -m gpt2_ddp.bench --auto` compares with others."""
     cores = usable_cores(found)
     numa_nodes = len({core.numa_node for core in found.cores}) if cores == len(found.cores) else 1
     # Two ranks of one thread wait less for each other than two threads of one rank, once in a step.

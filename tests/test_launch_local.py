@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from gpt2_ddp import cli
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data import BatchPlan
+from gpt2_ddp.model import model_config
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
@@ -45,6 +51,22 @@ def test_local_goes_from_text_to_a_sample_and_can_be_run_again(tmp_path: Path) -
     assert again.returncode == 0, again.stdout + again.stderr
     assert "nothing to do" in again.stdout
     assert weights.stat().st_mtime_ns == before
+
+
+def test_the_first_command_is_less_than_a_minute_of_work_and_fits_eight_ranks() -> None:
+    """Of two cores at 0.3 TFLOP/s, which leaves the rest of three minutes to what is no matmul, and to slower ones."""
+    script = (ROOT / "launch" / "local.sh").read_text().replace("\\\n", " ")
+    line = next(line for line in script.splitlines() if "-m launch -- --model" in line)
+    words = [word for word in shlex.split(line.partition(" -- ")[2]) if word != "$@"]
+    config = cli.parse(TrainConfig, "", words)
+    work = model_config(config.model).flops_per_token(config.sequence_length)
+    assert work * config.total_batch_size * config.max_steps < 60 * 0.3e12
+    BatchPlan(
+        micro_batch_size=1,
+        sequence_length=config.sequence_length,
+        total_batch_size=config.total_batch_size,
+        world_size=8,
+    )
 
 
 @pytest.mark.parametrize(("version", "said"), [("", "no python3 on PATH"), ("Python 3.8.10", "3.8.10 is too old")])

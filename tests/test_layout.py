@@ -15,7 +15,7 @@ PACKAGES = ("gpt2_ddp", "data_prep", "eval", "launch")
 FOUNDATION = {"model", "kernels", "tokenizer", "shards", "distributed", "cuda_build", "precision", "cli"}
 WITHIN = {"model": {"gpt2_ddp.kernels"}, "distributed": {"gpt2_ddp.cuda_build"}}
 """What of the foundation a module of the foundation may know."""
-COMPOSERS = {"train", "build", "compute", "resume", "events", "saver", "bench", "ladder", "micro_batch"}
+COMPOSERS = {"train", "build", "compute", "resume", "events", "saver", "bench", "ladder", "choices", "micro_batch"}
 """The modules that put the parts together; all others know only the foundation."""
 
 

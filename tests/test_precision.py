@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import sys
+import time
+import timeit
 from pathlib import Path
 
 import pytest
 import torch
+from drivers import warm
 
 from gpt2_ddp.precision import (
     COMPILE_FLOPS,
     Hardware,
+    MatmulSpeed,
     Precision,
     choose_compile,
     choose_dtype,
     found_hardware,
+    measure_speed,
     peak_flops,
 )
 
@@ -39,13 +47,98 @@ MACHINES = {
         ("T4", torch.float16),
         ("A100", torch.bfloat16),
         ("H100", torch.bfloat16),
-        ("new CPU", torch.bfloat16),
+        ("new CPU", torch.float32),  # until it is measured
         ("old CPU", torch.float32),
         ("Mac", torch.float32),
     ],
 )
 def test_auto_takes_what_the_hardware_is_good_at(machine: str, expected: torch.dtype) -> None:
     assert choose_dtype("auto", MACHINES[machine]) == (expected, None)
+
+
+@pytest.mark.parametrize("machine", ["new CPU", "old CPU"])
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "line"),
+    [
+        (0.32, 0.16, "float32 by measurement: 0.32 TFLOP/s against 0.16 in bfloat16"),  # AVX512-BF16 without AMX
+        (0.168, 0.0204, "float32 by measurement: 0.17 TFLOP/s against 0.02 in bfloat16"),  # emulated
+        (0.3, 1.2, "bfloat16 by measurement: 1.2 TFLOP/s against 0.3 in float32"),
+        (0.31, 0.33, "float32 by measurement: 0.31 TFLOP/s against 0.33 in bfloat16"),  # the rest of a step is slower
+    ],
+)
+def test_a_cpu_takes_what_is_measured_to_be_clearly_faster(
+    machine: str, float32: float, bfloat16: float, line: str
+) -> None:
+    speed = MatmulSpeed(float32=float32 * 1e12, bfloat16=bfloat16 * 1e12)
+    dtype, said = choose_dtype("auto", MACHINES[machine], speed)
+    assert said == f"dtype: {line}"
+    assert str(dtype) == f"torch.{line.split()[0]}"
+
+
+def test_the_measurement_agrees_with_a_square_matmul() -> None:
+    here = found_hardware(CPU)
+    speed = measure_speed("auto", here, 1024)
+    assert speed is not None
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(384, 384, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda a=a: a @ a, number=1, repeat=5))
+    assert speed.float32 == pytest.approx(2 * 384**3 / seconds[torch.float32], rel=1)
+    square = seconds[torch.float32] / seconds[torch.bfloat16]
+    if not 0.6 < square < 2.4:  # else the shapes may decide
+        assert (choose_dtype("auto", here, speed)[0] == torch.bfloat16) == (square > 1)
+
+
+def test_passes_that_something_else_interrupts_do_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, linear, passes = found_hardware(CPU), torch.nn.functional.linear, itertools.count()
+
+    def interrupted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002 if x.dtype == torch.bfloat16 else 0.0)  # so that the format is known
+        if next(passes) < 8 and x.dtype == torch.float32:
+            time.sleep(0.05)
+        return linear(x, weight)
+
+    monkeypatch.setattr("torch.nn.functional.linear", interrupted)
+    speed = measure_speed("auto", here, 16)
+    assert choose_dtype("auto", here, speed)[0] == torch.float32
+
+
+def test_only_auto_on_a_cpu_is_measured() -> None:
+    assert measure_speed("float32", MACHINES["new CPU"], 64) is None
+    assert measure_speed("auto", MACHINES["A100"], 64) is None
+    assert measure_speed("auto", MACHINES["Mac"], 64) is None
+
+
+def start_said(out_dir: Path, ended: warm.Ended) -> tuple[list[str], str]:
+    """The lines about the dtype, and the dtype that the last start noted in config.json."""
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("dtype: ")]
+    return lines, json.loads((out_dir / "config.json").read_text())["starts"][-1]["dtype"]
+
+
+def test_a_run_keeps_what_rank_0_measured_unless_a_flag_says_otherwise(tmp_path: Path, data_dir: Path) -> None:
+    out_dir = tmp_path / "run"
+    fast, slow = [4e11, 1e11], [1e11, 4e11]
+    stop = {"stop_after": {"step": 1}}
+    ended = warm.train_ranks(
+        2, out_dir, data_dir, "--dtype=auto", faults={"matmuls": {"float32": slow, "bfloat16": fast}, **stop}
+    )
+    assert "rank 1 is measured" not in ended.stderr
+    assert start_said(out_dir, ended) == (
+        ["dtype: bfloat16 by measurement: 0.4 TFLOP/s against 0.1 in float32"], "torch.bfloat16"
+    )  # fmt: skip
+    other_machine = {"matmuls": {"float32": fast, "bfloat16": slow}}
+    ended = warm.train(
+        out_dir, data_dir, "--dtype=auto", faults={**other_machine, "stop_after": {"step": 2}}, status=75
+    )
+    assert start_said(out_dir, ended) == (
+        ["dtype: bfloat16, as at the start before; --dtype changes it"], "torch.bfloat16"
+    )  # fmt: skip
+    newest = str(max((out_dir / "checkpoints").glob("step_*")))
+    copy = ("--dtype=auto", "--max-steps=3", f"--resume={newest}")
+    ended = warm.train(tmp_path / "copy", data_dir, *copy, faults=other_machine)
+    assert start_said(tmp_path / "copy", ended)[1] == "torch.bfloat16"
+    ended = warm.train(out_dir, data_dir, "--dtype=float32", "--max-steps=3", faults=other_machine)
+    assert start_said(out_dir, ended) == (["dtype: float32 by --dtype; the run had bfloat16"], "torch.float32")
 
 
 @pytest.mark.parametrize(("machine", "better"), [("T4", "float16"), ("V100", "float16"), ("old CPU", "float32")])
@@ -74,6 +167,17 @@ def test_compiling_is_chosen_where_it_pays(machine: str) -> None:
         knows_triton = hardware.capability is not None and hardware.capability >= (7, 0)
         long_on_cpu = hardware.device_type == "cpu" and flops > COMPILE_FLOPS
         assert choose_compile("auto", hardware, run_flops=flops) == (knows_triton or long_on_cpu)
+
+
+def test_without_a_compiler_only_a_flag_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    bare = found_hardware(CPU)
+    assert not choose_compile("auto", bare, run_flops=COMPILE_FLOPS * 2)
+    assert choose_compile("on", bare, run_flops=0)
+    (tmp_path / "g++").touch(mode=0o755)
+    if sys.platform == "linux":
+        assert choose_compile("auto", found_hardware(CPU), run_flops=COMPILE_FLOPS * 2)
 
 
 @pytest.mark.parametrize("machine", ["A100", "H100", "new CPU"])

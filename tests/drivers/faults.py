@@ -23,7 +23,7 @@ from drivers.disk import Disk
 from functorch.compile import nop
 from torch._dynamo.backends.common import aot_autograd
 
-from gpt2_ddp import checkpoint, events, optim, saver, train
+from gpt2_ddp import build, checkpoint, events, optim, precision, saver, train
 from gpt2_ddp.build import Run
 from gpt2_ddp.data import StepBatch, TrainData
 
@@ -251,6 +251,17 @@ def other_data(*, rank: int, data_dir: str) -> None:
         sys.argv += ["--data-dir", data_dir]
 
 
+def matmuls(*, float32: Sequence[float], bfloat16: Sequence[float]) -> None:
+    """This rank multiplies so fast, in FLOP/s by rank; what is asked of it is told on stderr."""
+    speed = precision.MatmulSpeed(float32=float32[RANK], bfloat16=bfloat16[RANK])
+
+    def measure_speed(requested: str, *_: object) -> precision.MatmulSpeed | None:
+        sys.stderr.write(f"rank {RANK} is measured for {requested}\n")
+        return speed if requested == "auto" else None
+
+    build.measure_speed = measure_speed
+
+
 def elsewhere(*, rank: int) -> None:
     """One rank's host has another name."""
     if rank == RANK:
@@ -286,5 +297,6 @@ FAULTS = {
         other_data,
         elsewhere,
         broken_compiler,
+        matmuls,
     )
 }
