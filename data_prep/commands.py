@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from tyro.conf import Positional
+
+from gpt2_ddp.files import replace_file
 
 from .files import Files
 from .prepare import Settings, prepare
@@ -183,7 +184,5 @@ def downloaded_shakespeare(directory: Path) -> Path:
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{SHAKESPEARE_URL} is not the text that was expected; give the text by --file")
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_bytes(text)
-    unfinished.replace(path)
+    replace_file(path, text, contested=True)
     return path

@@ -14,6 +14,8 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
+from gpt2_ddp.files import replace_file
+
 from .sources import DatasetRows, DatasetStream, Source
 
 NETWORK_SECONDS = 10.0
@@ -92,12 +94,7 @@ def write_hellaswag(name: str, *, split: str, revision: str | None, path: Path) 
     data = load(name, config=None, split=split, revision=resolved_revision(name, revision))
     lines = [json.dumps(_hellaswag_example(row, f"{name}, row {number}")) for number, row in enumerate(data)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    replace_file(path, "".join(f"{line}\n" for line in lines))
     return len(lines)
 
 

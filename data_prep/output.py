@@ -7,15 +7,14 @@ only then gives full parts their names; a restart finishes the renames and cuts 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from gpt2_ddp.files import flush, flush_directory, rename, sole_use
 from gpt2_ddp.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -24,7 +23,6 @@ from gpt2_ddp.shards import (
     ShardRecord,
     Split,
     Tokens,
-    flush_directory,
     header,
     read_manifest,
     read_shard,
@@ -59,8 +57,7 @@ class ShardPart:
 
     def flush(self) -> None:
         """Return when everything appended is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file)
 
     def seal(self) -> ShardRecord:
         """Write the header, flush and close."""
@@ -194,15 +191,8 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
 def locked(data_dir: Path) -> Iterator[None]:
     """Nobody else prepares this directory meanwhile; the lock ends with the process, however it ends."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(data_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{data_dir}: another data_prep is writing here; wait for it, or stop it") from None
+    with sole_use(data_dir, f"{data_dir}: another data_prep is writing here; wait for it, or stop it"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def validation_documents(data_dir: Path, manifest: Manifest) -> Iterator[Tokens]:
@@ -232,5 +222,5 @@ def _publish(data_dir: Path, records: Iterable[ShardRecord]) -> None:
     for record in records:
         part = data_dir / (record.name + PART)
         if part.exists():
-            part.replace(data_dir / record.name)
+            rename(part, data_dir / record.name)
     flush_directory(data_dir)

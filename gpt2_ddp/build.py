@@ -23,10 +23,10 @@ from gpt2_ddp.data import (
     require_same_data,
 )
 from gpt2_ddp.distributed import DistContext, release
+from gpt2_ddp.files import sole_use
 from gpt2_ddp.gradients import GradientReduction, use_deterministic_kernels
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
-from gpt2_ddp.lock import sole_use
 from gpt2_ddp.metrics import (
     Board,
     FileLog,
@@ -44,6 +44,9 @@ from gpt2_ddp.shards import find_shards
 from gpt2_ddp.stopping import StopRequest
 from gpt2_ddp.tokenizer import tokenizer_files
 from gpt2_ddp.watchdog import Watchdog
+
+ENDING_SECONDS = 10.0
+"""A trainer that is just ending, or notices that its torchrun is gone, needs a moment to leave the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,8 @@ def hold_directory(out_dir: Path, held: ExitStack) -> None:
         ValueError: where another one is at work there.
     """
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    held.enter_context(sole_use(out_dir))
+    refusal = f"{out_dir} is in use by another trainer: end it, or choose another --out-dir"
+    held.enter_context(sole_use(out_dir, refusal, patience=ENDING_SECONDS))
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from gpt2_ddp.files import replace_file
+
 Split = Literal["train", "val"]
 Tokens = npt.NDArray[np.uint16]
 Value = TypeVar("Value")
@@ -181,7 +183,7 @@ def read_manifest(data_dir: Path) -> Manifest | None:
 
 def write_manifest(data_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest, atomically and durably."""
-    _write(data_dir / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    replace_file(data_dir / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
 
 def header(tokens: int) -> bytes:
@@ -191,24 +193,7 @@ def header(tokens: int) -> bytes:
 
 def write_shard(path: Path, tokens: Tokens) -> None:
     """Write one shard of (n,) uint16; it appears under its name only when it is whole and on the disk."""
-    _write(path, header(len(tokens)) + np.ascontiguousarray(tokens, "<u2").tobytes())
-
-
-def flush_directory(directory: Path) -> None:
-    """Return when the names in the directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    unfinished = path.with_name(path.name + PART)
-    with open(unfinished, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    flush_directory(path.parent)
+    replace_file(path, header(len(tokens)) + np.ascontiguousarray(tokens, "<u2").tobytes())
 
 
 def _split_of(path: Path) -> Split | None:
