@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_ddp.files import flush, flush_directory, rename, sole_use
+from gpt2_ddp.files import flush, flush_directory, rename, require_writable, sole_use
 from gpt2_ddp.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -103,26 +103,35 @@ class ShardWriter:
         if self._sealed or self._uncommitted >= COMMIT_TOKENS:
             self._commit()
 
-    def finish(self) -> Manifest:
+    def finish(self) -> bool:
         """End the last shards and say so in the manifest.
 
+        Whether all documents fell in the validation split: then they are training data, and there is no such split.
+
         Raises:
-            ValueError: if there is nothing to train on; then everything written is removed.
+            ValueError: if there is no document; then everything written is removed.
         """
-        if self._documents["train"] == 0:
+        if not any(self._documents.values()):
             self._remove_all()
-            documents = self._documents["val"]
-            raise ValueError(
-                f"all {documents} documents fell in the validation split; lower --val-tokens or --val-fraction"
-                if documents
-                else f"no document with text in {self.manifest.source}"
-            )
+            raise ValueError(f"no document with text in {self.manifest.source}")
         for split in list(self._parts):
             self._seal(split)
         self._commit()
+        if undivided := self._documents["train"] == 0:
+            self._make_training_data()
         self.manifest = replace(self.manifest, complete=True)
         write_manifest(self._data_dir, self.manifest)
-        return self.manifest
+        return undivided
+
+    def _make_training_data(self) -> None:
+        """Call all shards training shards: first in the manifest, so that a restart can finish the renames."""
+        records = tuple(
+            replace(record, name=shard_name("train", number)) for number, record in enumerate(self.manifest.shards)
+        )
+        documents: dict[Split, int] = {"train": self._documents["val"], "val": 0}
+        self.manifest = replace(self.manifest, documents=documents, shards=records)
+        write_manifest(self._data_dir, self.manifest)
+        _publish(self._data_dir, records)
 
     def _append(self, split: Split, tokens: Tokens) -> None:
         while len(tokens):
@@ -161,6 +170,23 @@ class ShardWriter:
         (self._data_dir / MANIFEST).unlink()
 
 
+def require_place(data_dir: Path) -> None:
+    """What can be known before the source is opened, which may be a download of hours.
+
+    Raises:
+        OSError: where shards cannot be written.
+        ValueError: if the directory holds other shards.
+    """
+    require_writable(data_dir)
+    if data_dir.is_dir() and read_manifest(data_dir) is None:
+        _require_no_others(data_dir)
+
+
+def _require_no_others(data_dir: Path) -> None:
+    if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
+        raise ValueError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+
+
 def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     """The manifest to go on from: that of the directory, or `wanted` in an empty one.
 
@@ -170,8 +196,7 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     data_dir.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(data_dir)
     if manifest is None:
-        if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
-            raise ValueError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+        _require_no_others(data_dir)
         write_manifest(data_dir, wanted)
         return wanted
     for field, asked, found in _identity(wanted, manifest):
@@ -218,9 +243,12 @@ def _identity(wanted: Manifest, found: Manifest) -> Iterator[tuple[str, object, 
 
 
 def _publish(data_dir: Path, records: Iterable[ShardRecord]) -> None:
-    """Give sealed parts their final names, those that do not have them yet."""
+    """Give sealed parts their final names, those that do not have them yet, and validation shards that of training."""
     for record in records:
-        part = data_dir / (record.name + PART)
+        part, path = data_dir / (record.name + PART), data_dir / record.name
+        as_validation = data_dir / record.name.replace("train", "val")
         if part.exists():
-            rename(part, data_dir / record.name)
+            rename(part, path)
+        elif not path.exists() and as_validation.exists():
+            rename(as_validation, path)
     flush_directory(data_dir)

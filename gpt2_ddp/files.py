@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -51,6 +52,20 @@ def flush_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def require_writable(directory: Path) -> None:
+    """Try that files can be made in `directory`, or in the nearest one above it that is there; nothing is left behind.
+
+    Raises:
+        OSError: where they cannot.
+    """
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(place)) from error
 
 
 def rename(source: Path, target: Path, *, last: str = "") -> None:
