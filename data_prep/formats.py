@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from .sources import text_of
+from .sources import CONVERT, text_of
 
 DOCUMENT_BYTES = 1 << 16
 """A longer .txt file is cut at blank lines into documents of about this size, so that it is never in memory whole."""
@@ -57,7 +57,7 @@ def text_documents(piece: Piece) -> Iterator[str]:
             yield document.decode()
         except UnicodeDecodeError as error:
             at = piece.start + end - len(document) + error.start
-            raise ValueError(f"{piece.path}: not UTF-8 text at byte {at}; convert it") from error
+            raise ValueError(f"{piece.path}: not UTF-8 text at byte {at}; {CONVERT}") from error
         begin = end
 
 
@@ -99,18 +99,17 @@ def _text_of(record: object, text_field: str) -> str | None:
         raise ValueError("not a JSON object")
     text = record.get(text_field)
     if text_field not in record or not isinstance(text, str | None):
-        found = f"is {JSON_NAMES.get(type(text), 'a number')}" if text_field in record else "is not there"
-        mend = choices(name for name, value in record.items() if isinstance(value, str))
-        raise ValueError(f"no text in {text_field!r}, which {found}; {mend}")
+        found = f" ({JSON_NAMES.get(type(text), 'a number')})" if text_field in record else ""
+        mend = choices(repr(name) for name, value in record.items() if isinstance(value, str))
+        raise ValueError(f"no text in {text_field!r}{found}; {mend}")
     return text
 
 
 def choices(fields: Iterable[str]) -> str:
-    """What to do where the field of the texts holds none, by the `fields` that do."""
-    found = ", ".join(map(repr, fields))
-    if found:
+    """What to do where the field of the texts holds none: the `fields` that do."""
+    if found := ", ".join(fields):
         return f"choose --text-field among {found[:200]}"
-    return "and no other field holds text: write the texts into a field of their own"
+    return "no other field holds text either: write the texts into a field of their own"
 
 
 def _line_number(path: Path, offset: int) -> int:
@@ -170,7 +169,7 @@ class ParquetRows:
             try:
                 values = taken.to_pylist()
             except UnicodeDecodeError as error:  # a column that calls itself text and was not checked
-                raise ValueError(f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; convert it") from error
+                raise ValueError(f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; {CONVERT}") from error
             yield from (text_of(value, f"{where}, row {row}") for row, value in enumerate(values, start=first))
 
 
@@ -189,9 +188,9 @@ def require_text(schema: Any, text_field: str, where: str) -> None:
     """
     if text_field in schema.names and is_text(schema.field(text_field).type):
         return
-    found = f"is {schema.field(text_field).type}" if text_field in schema.names else "is not there"
+    found = f" (it is {schema.field(text_field).type}, not text)" if text_field in schema.names else ""
     mend = choices(field.name for field in schema if is_text(field.type))
-    raise ValueError(f"{where}: no text column {text_field!r}, which {found}; {mend}")
+    raise ValueError(f"{where}: no text column {text_field!r}{found}; {mend}")
 
 
 def is_text(kind: Any) -> bool:

@@ -207,8 +207,10 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
             )
     _publish(data_dir, manifest.shards)
     for record in manifest.shards:
-        if read_shard(data_dir / record.name).tokens != record.tokens:
-            raise ValueError(f"{data_dir / record.name}: not {record.tokens} tokens long; delete {data_dir}")
+        path = data_dir / record.name
+        if not path.is_file() or read_shard(path).tokens != record.tokens:
+            mend = f"delete {data_dir} and prepare it again"
+            raise ValueError(f"{path}: should be a shard of {record.tokens} tokens; {mend}")
     return manifest
 
 

@@ -14,6 +14,7 @@ STREAM_ROWS = 256
 CHUNK_BYTES = 1 << 21
 """About this much text in a chunk: half a million tokens, a tenth of a second of tokenizing."""
 CHUNK_ROWS = 1 << 14
+CONVERT = "convert it, for instance by: iconv -f LATIN1 -t UTF-8"
 
 
 def text_of(value: object, where: str) -> str | None:
@@ -28,7 +29,7 @@ def text_of(value: object, where: str) -> str | None:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 text at byte {error.start} of it; convert it") from error
+            raise ValueError(f"{where}: not UTF-8 text at byte {error.start} of it; {CONVERT}") from error
     raise ValueError(f"{where}: {type(value).__name__}, not text; choose another --text-field")
 
 

@@ -176,6 +176,26 @@ def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def named(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint `path`, or the newest good one of the run directory `path`, and what was passed over in it.
+
+    Raises:
+        ValueError: where there is none, or none that verifies; nothing is touched.
+    """
+    directory = next((place for place in (path / "checkpoints", path) if checkpoints(place)), None)
+    if directory is None:
+        if problems := faults(path):
+            mend = "give a run directory, or a step_... folder of its checkpoints"
+            raise ValueError(f"cannot resume from {path}: {', '.join(problems)}; {mend}")
+        return path, []
+    passed_over: list[str] = []
+    for found in checkpoints(directory):
+        if not (problems := faults(found)):
+            return found, passed_over
+        passed_over.append(f"{found} is broken ({', '.join(problems)}); passed over")
+    raise ValueError(f"cannot resume from {path}: {'; '.join(passed_over)}; give another run or checkpoint")
+
+
 def set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that no run takes it up again, and return its new name."""
     target, number = path.with_name(f"{path.name}.{why}"), 2
