@@ -197,6 +197,7 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     manifest = read_manifest(data_dir)
     if manifest is None:
         _require_no_others(data_dir)
+    if manifest is None or not (manifest.complete or manifest.next_chunk):  # nothing there to lose: ask for anything
         write_manifest(data_dir, wanted)
         return wanted
     for field, asked, found in _identity(wanted, manifest):

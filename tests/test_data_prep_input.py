@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_prep_runs import manifest, texts_of, write_jsonl
+from data_prep_runs import manifest, texts_of, tokenize_here, write_jsonl
 from drivers import warm
 from running import checkpoint, metrics, tree, write_shards
 
 from data_prep import output
-from data_prep import prepare as preparing
 from data_prep.commands import Hub, Shards, Text
-from data_prep.encoding import EncodedChunk, Encoder
+from data_prep.encoding import Encoder
 from data_prep.files import Files
-from data_prep.sources import Source
 from gpt2_ddp import files
 from gpt2_ddp.shards import Manifest, ShardRecord, find_shards, write_manifest
 
@@ -43,12 +40,7 @@ def encoder() -> Encoder:
 
 @pytest.fixture(autouse=True)
 def _here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Chunks are tokenized in this process, not by workers; the cache of `datasets` is this session's."""
-
-    def encoded_chunks(source: Source, first: int, _workers: int) -> Iterator[EncodedChunk]:
-        return (encoder.encode(source.documents(chunk)) for chunk in source.chunks(first))
-
-    monkeypatch.setattr(preparing, "encoded_chunks", encoded_chunks)
+    tokenize_here(monkeypatch, encoder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf")
     datasets.disable_progress_bars()
 
