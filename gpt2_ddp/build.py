@@ -179,8 +179,8 @@ def require_room(config: TrainConfig) -> None:
     disk = shutil.disk_usage(config.out_dir)
     if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
         raise ValueError(
-            f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB of which "
-            f"{disk.free >> 20} are free: make room, or choose another --out-dir"
+            f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB; "
+            f"{disk.free >> 20} MiB are free: make room, or choose another --out-dir"
         )
 
 
