@@ -8,6 +8,7 @@ rung's time is the median of all its steps. All rungs see the same tokens and st
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -22,6 +23,7 @@ import torch
 from gpt2_ddp import cli
 from gpt2_ddp.allocator import PRELOAD, find_tcmalloc, preloaded
 from gpt2_ddp.distributed import DistContext, choose_device, open_context
+from gpt2_ddp.files import require_writable
 from gpt2_ddp.ladder import Measured, Shapes, ladder, measure
 from gpt2_ddp.precision import found_hardware
 
@@ -102,6 +104,7 @@ def main() -> None:
         if context.world_size > 1:
             show_scaling(bench, context)
             return
+    require_places(bench)
     rungs = climb(bench, device)
     print(table(rungs))
     if bench.json:
@@ -110,6 +113,20 @@ def main() -> None:
         bench.json.write_text(text + "\n")
     if bench.plot:
         draw(rungs, bench)
+
+
+def require_places(bench: Bench) -> None:
+    """What the numbers of many minutes will need in the end.
+
+    Raises:
+        OSError: where a file that is asked for cannot be written.
+        ValueError: where the picture cannot be drawn.
+    """
+    for path in filter(None, (bench.json, bench.plot)):
+        require_writable(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if bench.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"')
 
 
 def show_scaling(bench: Bench, context: DistContext) -> None:
@@ -127,10 +144,8 @@ def show_scaling(bench: Bench, context: DistContext) -> None:
 
 def draw(rungs: list[Measured], bench: Bench) -> None:
     """A bar chart of tokens/s, each bar with its speed-up."""
-    try:
-        from matplotlib.figure import Figure  # an extra
-    except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"') from None
+    from matplotlib.figure import Figure  # an extra, which `require_places` has looked for
+
     figure = Figure(figsize=(8, 0.6 * len(rungs) + 1.4), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([rung.name for rung in rungs], [rung.tokens_per_sec for rung in rungs], color="tab:blue")

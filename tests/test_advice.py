@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 from data_prep.commands import HellaSwag, Shards, Text
 from data_prep.encoding import Encoder
+from eval.model_choice import ModelChoice, open_model
+from gpt2_ddp import bench
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import BatchPlan, Windows, require_one_step
 from gpt2_ddp.shards import Shard, find_shards, write_shard
@@ -268,6 +270,19 @@ def test_a_batch_that_does_not_divide(total: int, micro: int, length: int, ranks
         return
     for size in re.findall(r"\d+", advice(lambda: plan(total), r"use (\d+(?: or \d+)?)$")[1]):
         assert plan(int(size)).grad_accum_steps >= 1
+
+
+def test_numbers_that_could_not_be_written_are_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    choice = ModelChoice(model="nowhere", device="cpu", json=tmp_path / "file" / "numbers.json")
+    with pytest.raises(NotADirectoryError, match="file"), open_model(choice):
+        pass
+    with pytest.raises(NotADirectoryError, match="file"):
+        bench.require_places(bench.Bench(json=tmp_path / "file" / "numbers.json"))
+    bench.require_places(bench.Bench(json=tmp_path / "new" / "numbers.json"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"--plot needs matplotlib"):
+        bench.require_places(bench.Bench(plot=tmp_path / "ladder.png"))
 
 
 @pytest.mark.parametrize("make", [command, lambda _, **changes: HellaSwag(dataset="x", **changes)])
