@@ -115,8 +115,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
     context.from_main(lambda: hold_directory(config.out_dir, held))
-    found = context.from_main(lambda: resume.find_resume(config, sources.fingerprint))
-    context.from_main(lambda: require_room(config) if found.path is None else None)
+    found = context.from_main(lambda: find_start(config, sources.fingerprint))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
@@ -125,8 +124,8 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    said = [*found.said, *told, *([warning] if warning else [])]
-    log = context.together(lambda: open_log(config, context, state.step, said))
+    told += [warning] if warning else []
+    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *told]))
     return Run(
         config=config,
         context=context,
@@ -168,6 +167,18 @@ def settle_validation(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
         return config, []
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
+
+
+def find_start(config: TrainConfig, data_fingerprint: str) -> resume.Resume:
+    """What the run goes on from; where one begins anew, its disk is large enough for it.
+
+    Raises:
+        ValueError: as `resume.find_resume` and `require_room`.
+    """
+    found = resume.find_resume(config, data_fingerprint)
+    if found.path is None:
+        require_room(config)
+    return found
 
 
 def require_room(config: TrainConfig) -> None:
