@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -12,8 +11,11 @@ from typing import ClassVar
 
 from tyro.conf import Positional
 
-from .files import Files
-from .prepare import Settings, prepare
+from gpt2_ddp.files import replace_file, require_writable
+
+from .files import KINDS, PACKED, Files
+from .output import require_place
+from .prepare import Settings, chosen_workers, prepare
 from .sources import PythonTopics, Source
 
 # hub.py is imported where it is used: the `datasets` library takes seconds to load.
@@ -50,7 +52,9 @@ class Shards:
         val_tokens = self.default_val_tokens if unsaid else self.val_tokens
         val_fraction = 0.01 if unsaid and val_tokens is None else self.val_fraction
         settings = Settings(shard_tokens=self.shard_tokens, val_tokens=val_tokens, val_fraction=val_fraction)
-        manifest = prepare(self.source(), self.out, settings, self.workers)
+        workers = chosen_workers(self.workers)
+        require_place(self.out)
+        manifest = prepare(self.source(), self.out, settings, workers)
         for split, documents in manifest.documents.items():
             shards = [record for record in manifest.shards if record.name.startswith(split)]
             tokens = sum(record.tokens for record in shards)
@@ -85,7 +89,12 @@ class Text(Shards):
     def source(self) -> Source:
         if not self.paths:
             raise ValueError("no file given; python -m data_prep text FILE_OR_FOLDER... --out DIR")
-        return Files(paths=self.paths, text_field=self.text_field)
+        files = Files(paths=self.paths, text_field=self.text_field)
+        if left_out := files.left_out():
+            packed = " (unpack them first)" if any(suffix in left_out for suffix in PACKED) else ""
+            print(f"left out: {left_out}{packed}; {', '.join(KINDS)} are read")
+        files.check()
+        return files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +170,7 @@ class HellaSwag:
         from .hub import write_hellaswag
 
         path = self.out / "hellaswag_val.jsonl"
+        require_writable(self.out)
         count = write_hellaswag(self.dataset, split=self.split, revision=self.revision, path=path)
         print(f"{count:,} examples in {path}")
         print(f"next: python -m eval hellaswag --model gpt2 --data {path}")
@@ -183,7 +193,5 @@ def downloaded_shakespeare(directory: Path) -> Path:
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
         raise ValueError(f"{SHAKESPEARE_URL} is not the text that was expected; give the text by --file")
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
-    unfinished.write_bytes(text)
-    unfinished.replace(path)
+    replace_file(path, text, contested=True)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ class EncodedChunk:
     """(documents,)"""
     digests: npt.NDArray[np.uint64]
     """(documents,) `document_digest` of each."""
+    without_text: int
+    """Documents that are left out."""
 
 
 def document_digest(tokens: Tokens) -> int:
@@ -61,7 +64,9 @@ class Encoder:
 
     def encode(self, documents: Iterable[str | None]) -> EncodedChunk:
         """Tokenize a chunk; documents without text are left out, and `<|endoftext|>` within one is ordinary text."""
-        parts = [np.array([], np.uint16), *map(self._encode_batch, _batches(documents))]
+        number = itertools.count()
+        counted = (text for text, _ in zip(documents, number, strict=False))
+        parts = [np.array([], np.uint16), *map(self._encode_batch, _batches(counted))]
         tokens = np.concatenate(parts)
         begins = np.flatnonzero(tokens == EOT)
         texts = np.split(tokens, begins)[1:]
@@ -69,6 +74,7 @@ class Encoder:
             tokens=tokens,
             lengths=np.diff(np.append(begins, len(tokens))),
             digests=np.array([document_digest(text) for text in texts], np.uint64),
+            without_text=next(number) - len(begins),
         )
 
     def _encode_batch(self, texts: list[str]) -> Tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from .formats import PARQUET_BYTES, ParquetRows, Piece, json_documents, parquet_
 from .sources import CHUNK_BYTES
 
 KINDS = (".txt", ".jsonl", ".parquet")
+PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 CHUNK_FILES = 256
 
 
@@ -35,6 +37,28 @@ class Files:
     @property
     def name(self) -> str:
         return f"{' '.join(self.paths)}, field {self.text_field}"
+
+    def left_out(self) -> str:
+        """What lies in the folders and is not read, by kinds of file; empty where there is nothing."""
+        kinds = Counter[str]()
+        for path in _distinct(self.paths):
+            kinds.update(_kinds_left_out(path) if path.is_dir() else ["empty"] if not path.stat().st_size else [])
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+    def check(self) -> None:
+        """Open every file and look at its first line, or its columns: hours before its turn may come.
+
+        Raises:
+            ValueError: for one that does not begin as it should.
+        """
+        for path in _files(self.paths):
+            beginning = Piece(path=path, start=0, stop=1)
+            if path.suffix == ".parquet":
+                next(parquet_pieces(path, self.text_field), None)
+            elif path.suffix == ".jsonl":
+                next(iter(json_documents(beginning, self.text_field)), None)
+            else:
+                path.open("rb").close()
 
     def chunks(self, first: int) -> Iterator[list[Piece]]:
         number, chunk, size = 0, list[Piece](), 0
@@ -66,7 +90,8 @@ class Files:
             found, status = True, path.stat()
             digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"))
         if not found:
-            raise ValueError(f"no {', '.join(KINDS)} file in {' '.join(self.paths)}")
+            held = f", which holds {left_out}" if (left_out := self.left_out()) else ""
+            raise ValueError(f"no {', '.join(KINDS)} file in {' '.join(self.paths)}{held}")
         return digest.hexdigest()
 
     def _pieces(self) -> Iterator[Piece]:
@@ -86,7 +111,8 @@ def _files(arguments: tuple[str, ...]) -> Iterator[Path]:
         elif path.is_file() and path.suffix in KINDS:
             yield path
         else:
-            raise ValueError(f"{path}: not a file that ends in {', '.join(KINDS)}")
+            unpack = "; unpack it first" if path.suffix in PACKED else ""
+            raise ValueError(f"{path}: not a file that ends in {', '.join(KINDS)}{unpack}")
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
@@ -97,6 +123,23 @@ def _files_under(folder: Path) -> Iterator[Path]:
             yield from _files_under(Path(entry))
         elif Path(entry).suffix in KINDS and entry.is_file():
             yield Path(entry)
+
+
+def _kinds_left_out(folder: Path) -> Iterator[str]:
+    for entry in os.scandir(folder):
+        path = Path(entry)
+        if entry.name.startswith("."):
+            yield "hidden"
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _kinds_left_out(path)
+        elif path.suffix not in KINDS:
+            before = path.with_suffix("").suffix  # of b.jsonl.gz, for one
+            whole = before + path.suffix if before in KINDS else path.suffix
+            yield whole or ("linked folder" if entry.is_dir() else "without a suffix")
+        elif not entry.is_file():
+            yield f"{path.suffix} that is no regular file"
+        elif not entry.stat().st_size:
+            yield "empty"
 
 
 def _distinct(arguments: tuple[str, ...]) -> list[Path]:

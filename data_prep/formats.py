@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,17 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
+from .sources import CONVERT, text_of
+
 DOCUMENT_BYTES = 1 << 16
 """A longer .txt file is cut at blank lines into documents of about this size, so that it is never in memory whole."""
 PARQUET_ROWS = 1024
 """Rows decoded at a time."""
 PARQUET_BYTES = 1 << 23
 """Of a larger row group, uncompressed, several workers read pieces, and each decodes the rows before its own, too."""
+TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
+"""How Arrow calls its layouts of strings and bytes."""
+JSON_NAMES = {dict: "an object", list: "an array", bool: "true or false"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +50,14 @@ def text_documents(piece: Piece) -> Iterator[str]:
     begin = _cut(text, 0) if piece.start else 0
     for target in range(DOCUMENT_BYTES, piece.stop - piece.start + DOCUMENT_BYTES, DOCUMENT_BYTES):
         end = _cut(text, target)
+        if end == begin:  # the cut before this one reached as far
+            continue
         document = text[begin:end].removeprefix(codecs.BOM_UTF8 if piece.start + begin == 0 else b"")
         try:
             yield document.decode()
         except UnicodeDecodeError as error:
             at = piece.start + end - len(document) + error.start
-            raise ValueError(f"{piece.path}: not UTF-8 text at byte {at}; convert it") from error
+            raise ValueError(f"{piece.path}: not UTF-8 text at byte {at}; {CONVERT}") from error
         begin = end
 
 
@@ -92,10 +99,17 @@ def _text_of(record: object, text_field: str) -> str | None:
         raise ValueError("not a JSON object")
     text = record.get(text_field)
     if text_field not in record or not isinstance(text, str | None):
-        raise ValueError(
-            f"no text in {text_field!r}; choose --text-field among {', '.join(map(repr, record))[:200] or 'none'}"
-        )
+        found = f" ({JSON_NAMES.get(type(text), 'a number')})" if text_field in record else ""
+        mend = choices(repr(name) for name, value in record.items() if isinstance(value, str))
+        raise ValueError(f"no text in {text_field!r}{found}; {mend}")
     return text
+
+
+def choices(fields: Iterable[str]) -> str:
+    """What to do where the field of the texts holds none: the `fields` that do."""
+    if found := ", ".join(fields):
+        return f"choose --text-field among {found[:200]}"
+    return "no other field holds text either: write the texts into a field of their own"
 
 
 def _line_number(path: Path, offset: int) -> int:
@@ -133,7 +147,11 @@ class ParquetRows:
         self._texts: Any = pyarrow.array([])
 
     def take(self, piece: Piece) -> Iterator[str | None]:
-        """The texts of `piece`; rows between the last piece and this one are skipped."""
+        """The texts of `piece`; rows between the last piece and this one are skipped.
+
+        Raises:
+            ValueError: for a damaged file, and a row whose text is not UTF-8.
+        """
         if piece.row_group != self._row_group or piece.start < self._next:
             self._row_group, self._next, self._texts = piece.row_group, 0, pyarrow.array([])
             groups, columns = [piece.row_group], [self._text_field]
@@ -141,29 +159,58 @@ class ParquetRows:
         while self._next < piece.stop:
             if not len(self._texts):
                 with _errors_named(piece.path):
-                    self._texts = next(self._batches).column(0)
+                    self._texts = _plain(next(self._batches).column(0))
             skipped = self._next < piece.start
             count = min(len(self._texts), (piece.start if skipped else piece.stop) - self._next)
             taken, self._texts = self._texts.slice(0, count), self._texts.slice(count)
-            self._next += count
-            if not skipped:
-                yield from taken.to_pylist()
+            where, first, self._next = f"{piece.path}, row group {piece.row_group}", self._next, self._next + count
+            if skipped:
+                continue
+            try:
+                values = taken.to_pylist()
+            except UnicodeDecodeError as error:  # a column that calls itself text and was not checked
+                raise ValueError(f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; {CONVERT}") from error
+            yield from (text_of(value, f"{where}, row {row}") for row, value in enumerate(values, start=first))
 
 
 def _open_parquet(path: Path, text_field: str) -> Any:
     with _errors_named(path):
         file = pyarrow.parquet.ParquetFile(path)
     schema = file.schema_arrow
-    if text_field not in schema.names or not _is_text(schema.field(text_field).type):
-        texts = [field.name for field in schema if _is_text(field.type)]
-        raise ValueError(f"{path}: no text column {text_field!r}; choose --text-field among {', '.join(texts)}")
+    require_text(schema, text_field, str(path))
     return file
 
 
-def _is_text(kind: Any) -> bool:
+def require_text(schema: Any, text_field: str, where: str) -> None:
+    """
+    Raises:
+        ValueError: where the column `text_field` of the pyarrow.Schema cannot hold text, with those that can.
+    """
+    if text_field in schema.names and is_text(schema.field(text_field).type):
+        return
+    found = f" (it is {schema.field(text_field).type}, not text)" if text_field in schema.names else ""
+    mend = choices(field.name for field in schema if is_text(field.type))
+    raise ValueError(f"{where}: no text column {text_field!r}{found}; {mend}")
+
+
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type holds text: strings or bytes in any layout, codes for them, and types that extend them."""
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return is_text(kind.storage_type)
     if pyarrow.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
+        return is_text(kind.value_type)
+    return str(kind) in TEXT_TYPES
+
+
+def _plain(array: Any) -> Any:
+    """An array without the types that extend or encode its strings."""
+    while True:
+        if isinstance(array, pyarrow.ExtensionArray):
+            array = array.storage
+        elif isinstance(array, pyarrow.DictionaryArray):
+            array = array.dictionary_decode()
+        else:
+            return array
 
 
 @contextlib.contextmanager

@@ -14,9 +14,16 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
+from gpt2_ddp.cli import user_error
+from gpt2_ddp.files import replace_file
+
+from .formats import require_text
 from .sources import DatasetRows, DatasetStream, Source
 
 NETWORK_SECONDS = 10.0
+PARQUET_COPY = "refs/convert/parquet"
+"""The branch where the hub keeps data sets that came in another form as Parquet files, a folder a configuration."""
+LOG_IN = "give your token by HF_TOKEN, or by `hf auth login`"
 
 
 def hub_source(
@@ -27,16 +34,12 @@ def hub_source(
     Raises:
         ValueError: where the data set, its split or its column is not there, or the hub cannot be reached.
     """
+    folder = config if revision == PARQUET_COPY else None
     revision = resolved_revision(name, revision)
-    data = load(name, config=config, split=split, revision=revision, streaming=streaming)
-    columns = data.column_names or []
-    if text_field not in columns:
-        raise ValueError(f"{name}: no column {text_field!r}; choose --text-field among {', '.join(columns)}")
-    if getattr(data.features[text_field] if data.features else None, "dtype", "string") not in (
-        "string",
-        "large_string",
-    ):
-        raise ValueError(f"{name}: column {text_field!r} is {data.features[text_field]}, not text")
+    chosen = None if folder else config
+    data = load(name, config=chosen, split=split, revision=revision, streaming=streaming, folder=folder)
+    if data.features:
+        require_text(data.features.arrow_schema, text_field, name)
     parts = [name, config, split, f"field {text_field}", "streamed" if streaming else None]
     title = ", ".join(part for part in parts if part)
     column = data.select_columns([text_field])
@@ -56,8 +59,13 @@ def resolved_revision(name: str, revision: str | None) -> str:
     try:
         api = huggingface_hub.HfApi()
         commit = api.dataset_info(name, revision=revision, timeout=NETWORK_SECONDS).sha
-    except (RepositoryNotFoundError, GatedRepoError, RevisionNotFoundError) as error:
-        raise ValueError(f"{name}: {str(error).splitlines()[-1]}") from error
+    except GatedRepoError as error:
+        page = f"https://huggingface.co/datasets/{name}"
+        raise ValueError(f"{name}: for those only who asked for it on {page}; ask there, then {LOG_IN}") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name}: has no --revision {revision}; leave it out, or choose another") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{name}: not on the hub, or private; look at the name, or {LOG_IN}") from error
     except OfflineModeIsEnabled:  # the user says that the data set is in the cache
         return revision or ""
     except huggingface_hub.errors.HFValidationError as error:
@@ -70,8 +78,16 @@ def resolved_revision(name: str, revision: str | None) -> str:
     return str(commit)
 
 
-def load(name: str, *, config: str | None, split: str, revision: str, streaming: bool = False) -> Any:
-    """The datasets.Dataset, or IterableDataset if `streaming`.
+def load(
+    name: str,
+    *,
+    config: str | None,
+    split: str,
+    revision: str,
+    streaming: bool = False,
+    folder: str | None = None,
+) -> Any:
+    """The datasets.Dataset, or IterableDataset if `streaming`; of `folder` in it alone, if given.
 
     Raises:
         ValueError: for whatever the library cannot find or read, in one line.
@@ -79,7 +95,12 @@ def load(name: str, *, config: str | None, split: str, revision: str, streaming:
     local = Path(name).is_dir()
     with _one_line(name):
         return datasets.load_dataset(
-            name, config, split=split, revision=None if local else revision or None, streaming=streaming
+            name,
+            config,
+            split=split,
+            data_dir=folder,
+            revision=None if local else revision or None,
+            streaming=streaming,
         )
 
 
@@ -92,12 +113,7 @@ def write_hellaswag(name: str, *, split: str, revision: str | None, path: Path) 
     data = load(name, config=None, split=split, revision=resolved_revision(name, revision))
     lines = [json.dumps(_hellaswag_example(row, f"{name}, row {number}")) for number, row in enumerate(data)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    replace_file(path, "".join(f"{line}\n" for line in lines))
     return len(lines)
 
 
@@ -129,9 +145,25 @@ def _directory_digest(directory: Path) -> str:
 
 @contextlib.contextmanager
 def _one_line(name: str) -> Iterator[None]:
+    """Whatever the `datasets` library, or one of the libraries that it reads and downloads with, ends with."""
     try:
         yield
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, OSError) and error.errno:
+    except Exception as error:
+        if user_error(error) and isinstance(error, OSError):  # the file system's refusal names the file
             raise
-        raise ValueError(f"{name}: {error}") from error
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
+        told = ": ".join(" ".join(str(part).split()) or type(part).__name__ for part in (error, cause) if part)
+        raise ValueError(f"{name}: {told}{_mend(name, told)}") from error
+
+
+def _mend(name: str, told: str) -> str:
+    """What the library's own words leave open."""
+    if "script" in told or "custom code" in told:
+        owner = "OWNER/NAME" if Path(name).is_dir() else name
+        return (
+            " (a program that makes the data set, and is not run). Take the Parquet copy that the hub keeps: python -m "
+            f"data_prep hub {owner} --revision {PARQUET_COPY}, or a folder of Parquet files"
+        )
+    if "datasets dtype equivalent" in told:
+        return "; python -m data_prep text reads Parquet files with columns of any type"
+    return ""

@@ -7,15 +7,14 @@ only then gives full parts their names; a restart finishes the renames and cuts 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from gpt2_ddp.files import flush, flush_directory, rename, require_writable, sole_use
 from gpt2_ddp.shards import (
     HEADER_BYTES,
     MANIFEST,
@@ -24,7 +23,6 @@ from gpt2_ddp.shards import (
     ShardRecord,
     Split,
     Tokens,
-    flush_directory,
     header,
     read_manifest,
     read_shard,
@@ -59,8 +57,7 @@ class ShardPart:
 
     def flush(self) -> None:
         """Return when everything appended is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file)
 
     def seal(self) -> ShardRecord:
         """Write the header, flush and close."""
@@ -106,26 +103,35 @@ class ShardWriter:
         if self._sealed or self._uncommitted >= COMMIT_TOKENS:
             self._commit()
 
-    def finish(self) -> Manifest:
+    def finish(self) -> bool:
         """End the last shards and say so in the manifest.
 
+        Whether all documents fell in the validation split: then they are training data, and there is no such split.
+
         Raises:
-            ValueError: if there is nothing to train on; then everything written is removed.
+            ValueError: if there is no document; then everything written is removed.
         """
-        if self._documents["train"] == 0:
+        if not any(self._documents.values()):
             self._remove_all()
-            documents = self._documents["val"]
-            raise ValueError(
-                f"all {documents} documents fell in the validation split; lower --val-tokens or --val-fraction"
-                if documents
-                else f"no document with text in {self.manifest.source}"
-            )
+            raise ValueError(f"no document with text in {self.manifest.source}")
         for split in list(self._parts):
             self._seal(split)
         self._commit()
+        if undivided := self._documents["train"] == 0:
+            self._make_training_data()
         self.manifest = replace(self.manifest, complete=True)
         write_manifest(self._data_dir, self.manifest)
-        return self.manifest
+        return undivided
+
+    def _make_training_data(self) -> None:
+        """Call all shards training shards: first in the manifest, so that a restart can finish the renames."""
+        records = tuple(
+            replace(record, name=shard_name("train", number)) for number, record in enumerate(self.manifest.shards)
+        )
+        documents: dict[Split, int] = {"train": self._documents["val"], "val": 0}
+        self.manifest = replace(self.manifest, documents=documents, shards=records)
+        write_manifest(self._data_dir, self.manifest)
+        _publish(self._data_dir, records)
 
     def _append(self, split: Split, tokens: Tokens) -> None:
         while len(tokens):
@@ -164,6 +170,23 @@ class ShardWriter:
         (self._data_dir / MANIFEST).unlink()
 
 
+def require_place(data_dir: Path) -> None:
+    """What can be known before the source is opened, which may be a download of hours.
+
+    Raises:
+        OSError: where shards cannot be written.
+        ValueError: if the directory holds other shards.
+    """
+    require_writable(data_dir)
+    if data_dir.is_dir() and read_manifest(data_dir) is None:
+        _require_no_others(data_dir)
+
+
+def _require_no_others(data_dir: Path) -> None:
+    if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
+        raise ValueError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+
+
 def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     """The manifest to go on from: that of the directory, or `wanted` in an empty one.
 
@@ -173,8 +196,8 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     data_dir.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(data_dir)
     if manifest is None:
-        if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
-            raise ValueError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+        _require_no_others(data_dir)
+    if manifest is None or not (manifest.complete or manifest.next_chunk):  # nothing there to lose: ask for anything
         write_manifest(data_dir, wanted)
         return wanted
     for field, asked, found in _identity(wanted, manifest):
@@ -185,8 +208,10 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
             )
     _publish(data_dir, manifest.shards)
     for record in manifest.shards:
-        if read_shard(data_dir / record.name).tokens != record.tokens:
-            raise ValueError(f"{data_dir / record.name}: not {record.tokens} tokens long; delete {data_dir}")
+        path = data_dir / record.name
+        if not path.is_file() or read_shard(path).tokens != record.tokens:
+            mend = f"delete {data_dir} and prepare it again"
+            raise ValueError(f"{path}: should be a shard of {record.tokens} tokens; {mend}")
     return manifest
 
 
@@ -194,15 +219,8 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
 def locked(data_dir: Path) -> Iterator[None]:
     """Nobody else prepares this directory meanwhile; the lock ends with the process, however it ends."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(data_dir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{data_dir}: another data_prep is writing here; wait for it, or stop it") from None
+    with sole_use(data_dir, f"{data_dir}: another data_prep is writing here; wait for it, or stop it"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def validation_documents(data_dir: Path, manifest: Manifest) -> Iterator[Tokens]:
@@ -228,9 +246,12 @@ def _identity(wanted: Manifest, found: Manifest) -> Iterator[tuple[str, object, 
 
 
 def _publish(data_dir: Path, records: Iterable[ShardRecord]) -> None:
-    """Give sealed parts their final names, those that do not have them yet."""
+    """Give sealed parts their final names, those that do not have them yet, and validation shards that of training."""
     for record in records:
-        part = data_dir / (record.name + PART)
+        part, path = data_dir / (record.name + PART), data_dir / record.name
+        as_validation = data_dir / record.name.replace("train", "val")
         if part.exists():
-            part.replace(data_dir / record.name)
+            rename(part, path)
+        elif not path.exists() and as_validation.exists():
+            rename(as_validation, path)
     flush_directory(data_dir)

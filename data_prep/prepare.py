@@ -42,15 +42,12 @@ class Settings:
             raise ValueError(f"--val-fraction is {self.val_fraction}, should be from 0 to below 1")
 
 
-def prepare(source: Source, out: Path, settings: Settings, workers: int | None) -> Manifest:
+def prepare(source: Source, out: Path, settings: Settings, workers: int) -> Manifest:
     """Write the shards that are missing; the same ones whatever the number of workers, and after any interruption.
 
     Raises:
         ValueError: for a source that cannot be read, and a directory that holds something else.
     """
-    workers = usable_cores() if workers is None else workers
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}, should be 1 or more")
     nothing: dict[Split, int] = {"train": 0, "val": 0}
     wanted = Manifest(
         source=source.name,
@@ -71,8 +68,16 @@ def prepare(source: Source, out: Path, settings: Settings, workers: int | None) 
     return finished
 
 
-def usable_cores() -> int:
-    """Physical cores, as many of them as this process may use."""
+def chosen_workers(workers: int | None) -> int:
+    """The tokenizing processes that are asked for, or the physical cores that this process may use.
+
+    Raises:
+        ValueError: where less than one is asked for.
+    """
+    if workers is not None:
+        if workers < 1:
+            raise ValueError(f"--workers is {workers}, should be 1 or more")
+        return workers
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return min(physical, allowed)
@@ -97,11 +102,17 @@ def _write(source: Source, out: Path, settings: Settings, workers: int, manifest
     if manifest.next_chunk:
         there = sum(record.tokens for record in manifest.shards) + sum(manifest.unfinished.values())
         print(f"going on after the {there:,} tokens that are in {out}")
+    without_text = 0
     with tqdm(unit=" tokens", unit_scale=True, desc=f"{workers} processes") as bar:
         for chunk in encoded_chunks(source, manifest.next_chunk, workers):
             with _disk_errors_named(out):
                 writer.write(chunk)
             bar.update(len(chunk.tokens))
+            without_text += chunk.without_text
     with _disk_errors_named(out):
-        writer.finish()
+        undivided = writer.finish()
     print(f"tokenized {bar.n:,} tokens in {bar.format_dict['elapsed']:.1f} s")
+    if without_text:
+        print(f"left out: {without_text:,} documents without text")
+    if undivided:
+        print("too little text for a validation split: all of it is training data")

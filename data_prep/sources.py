@@ -14,6 +14,23 @@ STREAM_ROWS = 256
 CHUNK_BYTES = 1 << 21
 """About this much text in a chunk: half a million tokens, a tenth of a second of tokenizing."""
 CHUNK_ROWS = 1 << 14
+CONVERT = "convert it, for instance by: iconv -f LATIN1 -t UTF-8"
+
+
+def text_of(value: object, where: str) -> str | None:
+    """The text that a row holds: a string, or bytes of UTF-8; None where it holds nothing.
+
+    Raises:
+        ValueError: for anything else, with `where` it is.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 text at byte {error.start} of it; {CONVERT}") from error
+    raise ValueError(f"{where}: {type(value).__name__}, not text; choose another --text-field")
 
 
 class Source(Protocol):
@@ -80,8 +97,8 @@ class DatasetRows:
             yield range(start, min(start + size, len(self.rows)))
 
     def documents(self, chunk: range) -> Iterable[str | None]:
-        texts: Iterable[str | None] = self.rows[chunk.start : chunk.stop][self.field]
-        return texts
+        values = self.rows[chunk.start : chunk.stop][self.field]
+        return (text_of(value, f"{self.name}, row {row}") for row, value in zip(chunk, values, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +118,16 @@ class DatasetStream:
         rows = iter(self.stream.skip(first * STREAM_ROWS))
         for number in itertools.count(first):
             try:
-                texts = [row[self.field] for row in itertools.islice(rows, STREAM_ROWS)]
+                values = [row[self.field] for row in itertools.islice(rows, STREAM_ROWS)]
             except Exception as error:  # whatever the library's network stack raises
                 raise ValueError(
-                    f"{self.name}: stopped after row {number * STREAM_ROWS} ({type(error).__name__}: {error}); "
-                    "run the same command again to go on"
+                    f"{self.name}: stopped after row {number * STREAM_ROWS} ({type(error).__name__}: {error}); run the "
+                    "same command again to go on, and if it stops there again, a file of the data set is damaged"
                 ) from error
-            if not texts:
+            if not values:
                 return
-            yield texts
+            first_row = number * STREAM_ROWS
+            yield [text_of(value, f"{self.name}, row {row}") for row, value in enumerate(values, start=first_row)]
 
     def documents(self, chunk: list[str | None]) -> Iterable[str | None]:
         return chunk

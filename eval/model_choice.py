@@ -13,6 +13,7 @@ from gpt2_ddp.allocator import keep_freed_memory
 from gpt2_ddp.checkpoint import read_json
 from gpt2_ddp.cli import tell
 from gpt2_ddp.distributed import DistContext, open_context
+from gpt2_ddp.files import replace_file, require_writable
 from gpt2_ddp.metrics import warn
 from gpt2_ddp.model import GPT
 from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
@@ -63,7 +64,8 @@ class OpenModel:
     def write_json(self, path: Path | None, numbers: Mapping[str, object]) -> None:
         """Write on the first rank, if there is a path."""
         if self.context.is_main and path:
-            path.write_text(json.dumps(numbers, indent=2) + "\n")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps(numbers, indent=2) + "\n")
 
 
 @contextmanager
@@ -76,6 +78,8 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
     with open_context(choice.device) as context:
         if context.device.type == "cpu":
             keep_freed_memory()
+        if choice.json and context.is_main:
+            require_writable(choice.json.parent)
         path = context.together(lambda: find_model(choice.model))
         gpt = context.together(lambda: load_model(path))
         length, warning = context.together(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))

@@ -10,6 +10,7 @@ choices of `auto` and their alternatives (choices.py).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -26,6 +27,7 @@ from gpt2_ddp import cli
 from gpt2_ddp.allocator import PRELOAD, find_tcmalloc, preloaded
 from gpt2_ddp.choices import Outcome, compared, report, try_all
 from gpt2_ddp.distributed import DistContext, choose_device, open_context
+from gpt2_ddp.files import require_writable
 from gpt2_ddp.ladder import Measured, Rung, Shapes, attention_rungs, first_rung_sequences, ladder, measure
 from gpt2_ddp.model import model_config
 from gpt2_ddp.precision import found_hardware
@@ -144,6 +146,7 @@ def main() -> None:
         if context.world_size > 1:
             show_scaling(shapes, context)
             return
+    require_places(bench)
     hardware = asdict(found_hardware(device)) | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if bench.auto:
         outcomes = compare_choices(shapes, device, bench.repeats or 1)
@@ -157,6 +160,20 @@ def main() -> None:
             draw(measured_rungs, shapes, bench.plot)
     if bench.json:
         bench.json.write_text(json.dumps({"hardware": hardware, **results}, indent=2) + "\n")
+
+
+def require_places(bench: Bench) -> None:
+    """What the numbers of many minutes will need in the end.
+
+    Raises:
+        OSError: where a file that is asked for cannot be written.
+        ValueError: where the picture cannot be drawn.
+    """
+    for path in filter(None, (bench.json, bench.plot)):
+        require_writable(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if bench.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"')
 
 
 def compare_choices(shapes: Shapes, device: torch.device, repeats: int) -> list[Outcome]:
@@ -188,10 +205,8 @@ def show_scaling(shapes: Shapes, context: DistContext) -> None:
 
 def draw(rungs: list[Measured], shapes: Shapes, path: Path) -> None:
     """A bar chart of tokens/s, each bar with its speed-up."""
-    try:
-        from matplotlib.figure import Figure  # an extra
-    except ImportError:
-        raise ValueError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"') from None
+    from matplotlib.figure import Figure  # an extra, which `require_places` has looked for
+
     figure = Figure(figsize=(8, 0.6 * len(rungs) + 1.4), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([rung.name for rung in rungs], [rung.tokens_per_sec for rung in rungs], color="tab:blue")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +24,11 @@ from gpt2_ddp.data import (
     require_same_data,
 )
 from gpt2_ddp.distributed import DistContext, release
+from gpt2_ddp.files import sole_use
 from gpt2_ddp.gradients import GradientReduction, use_deterministic_kernels
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
-from gpt2_ddp.lock import sole_use
+from gpt2_ddp.memory import parameter_count
 from gpt2_ddp.metrics import (
     Board,
     FileLog,
@@ -40,10 +42,15 @@ from gpt2_ddp.model import GPT, model_config
 from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
 from gpt2_ddp.resume import TrainState
 from gpt2_ddp.saver import CheckpointWriter
-from gpt2_ddp.shards import find_shards
+from gpt2_ddp.shards import find_shards, read_manifest
 from gpt2_ddp.stopping import StopRequest
 from gpt2_ddp.tokenizer import tokenizer_files
 from gpt2_ddp.watchdog import Watchdog
+
+CHECKPOINT_BYTES = 12
+"""Of each parameter: itself and AdamW's two moments in float32."""
+ENDING_SECONDS = 10.0
+"""A trainer that is just ending, or notices that its torchrun is gone, needs a moment to leave the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +110,12 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
     config = settle_micro_batch(config, context, precision, hardware)
+    config, told = context.from_main(lambda: settle_validation(config))
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
     context.from_main(lambda: hold_directory(config.out_dir, held))
-    found = context.from_main(lambda: resume.find_resume(config, sources.fingerprint))
+    found = context.from_main(lambda: find_start(config, sources.fingerprint))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
@@ -116,7 +124,8 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *said_of_dtype]))
+    told += said_of_dtype
+    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *told]))
     return Run(
         config=config,
         context=context,
@@ -166,7 +175,42 @@ def hold_directory(out_dir: Path, held: ExitStack) -> None:
         ValueError: where another one is at work there.
     """
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    held.enter_context(sole_use(out_dir))
+    refusal = f"{out_dir} is in use by another trainer: end it, or choose another --out-dir"
+    held.enter_context(sole_use(out_dir, refusal, patience=ENDING_SECONDS))
+
+
+def settle_validation(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Without validation where the data were prepared so, and `--val-every` is the default."""
+    manifest = read_manifest(config.data_dir)
+    if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
+        return config, []
+    return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
+
+
+def find_start(config: TrainConfig, data_fingerprint: str) -> resume.Resume:
+    """What the run goes on from; where one begins anew, its disk is large enough for it.
+
+    Raises:
+        ValueError: as `resume.find_resume` and `require_room`.
+    """
+    found = resume.find_resume(config, data_fingerprint)
+    if found.path is None:
+        require_room(config)
+    return found
+
+
+def require_room(config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: where not even one checkpoint fits on the disk of the run directory.
+    """
+    needed = CHECKPOINT_BYTES * parameter_count(model_config(config.model))
+    disk = shutil.disk_usage(config.out_dir)
+    if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
+        raise ValueError(
+            f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB; "
+            f"{disk.free >> 20} MiB are free: make room, or choose another --out-dir"
+        )
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:

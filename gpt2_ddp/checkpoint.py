@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ from typing import Any, BinaryIO, cast
 import safetensors
 import torch
 from torch import Tensor
+
+from gpt2_ddp import files as disk
 
 Content = bytes | Mapping[str, Any] | Mapping[str, Tensor]
 
@@ -48,9 +49,9 @@ def write_checkpoint(path: Path, files: Mapping[str, Content]) -> int:
         entries = {name: _write_file(aside / name, content) for name, content in files.items()}
         manifest = {"version": MANIFEST_VERSION, "files": entries}
         _write_file(aside / MANIFEST, manifest)
-        _flush_directory(aside)
-        aside.rename(path)
-        _flush_directory(path.parent)
+        disk.flush_directory(aside)
+        disk.rename(aside, path, last=MANIFEST)
+        disk.flush_directory(path.parent)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -67,8 +68,7 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
             _write_safetensors(writer, content)
         else:
             writer.write(json.dumps(content, indent=2).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        disk.flush(file)
     return {"size": writer.size, "sha256": writer.sha256.hexdigest()}
 
 
@@ -105,14 +105,6 @@ def _write_safetensors(writer: _HashingWriter, tensors: Mapping[str, Any]) -> No
     writer.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
         writer.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def faults(path: Path) -> list[str]:
@@ -185,12 +177,33 @@ def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def named(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint `path`, or the newest good one of the run directory `path`, and what was passed over in it.
+
+    Raises:
+        ValueError: where there is none, or none that verifies; nothing is touched.
+    """
+    directory = next((place for place in (path / "checkpoints", path) if checkpoints(place)), None)
+    if directory is None:
+        if problems := faults(path):
+            mend = "give a run directory, or a step_... folder of its checkpoints"
+            raise ValueError(f"cannot resume from {path}: {', '.join(problems)}; {mend}")
+        return path, []
+    passed_over: list[str] = []
+    for found in checkpoints(directory):
+        if not (problems := faults(found)):
+            return found, passed_over
+        passed_over.append(f"{found} is broken ({', '.join(problems)}); passed over")
+    raise ValueError(f"cannot resume from {path}: {'; '.join(passed_over)}; give another run or checkpoint")
+
+
 def set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that no run takes it up again, and return its new name."""
     target, number = path.with_name(f"{path.name}.{why}"), 2
     while target.exists():
         target, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1
-    return path.rename(target)
+    disk.rename(path, target)
+    return target
 
 
 def prune(directory: Path, keep: int) -> None:

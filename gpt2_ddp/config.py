@@ -106,7 +106,7 @@ class TrainConfig:
     """Also send the metrics to Weights & Biases."""
 
     resume: str = "auto"
-    """auto continues the run in --out-dir if there is one; never refuses to; or the checkpoint to continue from."""
+    """auto continues the run in --out-dir if there is one; never refuses to; or a checkpoint or run to go on from."""
 
     timeout: float = 300.0
     """Seconds after which a rank that does not answer ends the run."""

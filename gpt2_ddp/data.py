@@ -134,14 +134,16 @@ class Windows:
 
 
 def require_one_step(windows: Windows, plan: BatchPlan) -> None:
-    """
-    Raises:
-        ValueError: where the data has fewer windows than one step consumes.
-    """
+    """Raise a ValueError where the data has fewer windows than one step consumes, with flags that it is enough for."""
     if len(windows) < plan.sequences_per_step:
+        ranks, most = plan.world_size, max(plan.world_size, len(windows))
+        length = plan.sequence_length if most == len(windows) else (max(s.tokens for s in windows.shards) - 1) // ranks
+        micro = min(plan.micro_batch_size, most // ranks)
+        total = most // (micro * ranks) * micro * ranks * length
+        flags = f"--sequence-length {length} --micro-batch-size {micro} --total-batch-size {total}"
         raise ValueError(
             f"{windows.shards[0].path.parent} holds {len(windows)} training windows of {plan.sequence_length} tokens, "
-            f"and one step needs {plan.sequences_per_step}: prepare more data or lower --total-batch-size"
+            f"and one step needs {plan.sequences_per_step}: prepare more data{f', or give {flags}' if length else ''}"
         )
 
 

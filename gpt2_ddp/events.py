@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gpt2_ddp import checkpoint, hellaswag, resume
 from gpt2_ddp.build import Run
-from gpt2_ddp.metrics import StepMetrics, memory_mb, replace_file
+from gpt2_ddp.files import replace_file
+from gpt2_ddp.metrics import StepMetrics, memory_mb
 from gpt2_ddp.precision import peak_flops
 from gpt2_ddp.sampling import generate
 from gpt2_ddp.tokenizer import load_tokenizer

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_ddp.cli import tell
+from gpt2_ddp.files import replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,16 +186,6 @@ class FileLog:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Put `text` at `path`, whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not name the file
 
 
 def cut_metrics(path: Path, last_step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp import checkpoint, optim, pretrained
-from gpt2_ddp.config import TrainConfig, differences
+from gpt2_ddp.config import TrainConfig, differences, flag
 from gpt2_ddp.data import BatchPlan
 from gpt2_ddp.distributed import DistContext
 from gpt2_ddp.guard import SpikeGuard
@@ -22,6 +22,10 @@ from gpt2_ddp.precision import DTYPES
 COUNTS = ("step", "tokens_seen", "skipped", "skipped_in_a_row")
 SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 """What `torch.amp.GradScaler.state_dict` gives."""
+SCHEDULE = ("max_steps", "warmup_steps", "max_lr", "min_lr")
+"""What decides the learning rate of a step, and may change within a run."""
+RATE_JUMP = 0.01
+"""A change of the learning rate by this fraction is told."""
 MAX_COUNT = 1 << 62
 """What a checkpoint counts fits in 64 bits."""
 
@@ -97,9 +101,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
     if config.resume == "auto":
         path, said = checkpoint.newest_good(directory)
     else:
-        path = Path(config.resume)
-        if problems := checkpoint.faults(path):
-            raise ValueError(f"cannot resume from {path}: {', '.join(problems)}")
+        path, said = checkpoint.named(Path(config.resume))
     if path is None:
         if config_file.exists():
             require_same_run(config, checkpoint.read_json(config_file), data_fingerprint)
@@ -111,7 +113,34 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
         if newer.name > checkpoint.step_name(state["step"]):
             said.append(f"{newer.name} is newer; set aside as {checkpoint.set_aside(newer, 'superseded').name}")
     said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
+    said += rate_jump(config, state["config"], state["step"])
     return Resume(path=path, state=state, said=said)
+
+
+def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
+    """One line where flags that differ from the `saved` ones make the learning rate jump after `step`."""
+    before: dict[str, Any] = {name: saved.get(name) for name in SCHEDULE}
+    changed = [name for name in SCHEDULE if before[name] != getattr(config, name)]
+    try:
+        old = rate_after(replace(config, **before), step)
+    except (TypeError, ValueError):  # a checkpoint from elsewhere, whose configuration is not one of ours
+        return []
+    new = rate_after(config, step)
+    if step >= config.max_steps or abs(new - old) <= RATE_JUMP * max(new, old):
+        return []
+    flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
+    return [f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}"]
+
+
+def rate_after(config: TrainConfig, step: int) -> float:
+    """The learning rate of the update after `step`."""
+    return optim.learning_rate(
+        step + 1,
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_steps,
+        max_lr=config.max_lr,
+        min_lr=config.final_lr,
+    )
 
 
 def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:

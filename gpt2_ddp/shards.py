@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from gpt2_ddp.files import replace_file
+
 Split = Literal["train", "val"]
 Tokens = npt.NDArray[np.uint16]
 Value = TypeVar("Value")
@@ -31,7 +33,7 @@ MANIFEST_BYTES = 1 << 26
 """A longer manifest is refused unread; a shard takes about 130 bytes of it."""
 PART = ".part"
 """Suffix of a file that is not whole."""
-SHRUNK = "{}: no longer holds its {} tokens; prepare it again"
+SHRUNK = "{}: no longer holds its {} tokens; {}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Shard:
         try:
             return np.memmap(self.path, "<u2", "r", self.offset, (self.tokens,)).view(np.ndarray)
         except ValueError as error:
-            raise ValueError(SHRUNK.format(self.path, self.tokens)) from error
+            raise ValueError(SHRUNK.format(self.path, self.tokens, _anew(self.path))) from error
 
 
 class OpenShard:
@@ -74,7 +76,7 @@ class OpenShard:
     def read(self, start: int, into: Tokens) -> None:
         """Fill `into` (n,) with the tokens from `start` on; raises as `Shard.open` does."""
         if os.preadv(self._file.fileno(), [into.data], self.shard.offset + TOKEN_BYTES * start) < into.nbytes:
-            raise ValueError(SHRUNK.format(self.shard.path, self.shard.tokens))
+            raise ValueError(SHRUNK.format(self.shard.path, self.shard.tokens, _anew(self.shard.path)))
 
 
 def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
@@ -92,12 +94,15 @@ def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
     if manifest and not manifest.complete:
         raise ValueError(f"the preparation of {data_dir} did not finish; run the same data_prep command again")
     if not any(paths.values()):
-        raise ValueError(f"no token shards (*train*.bin, *val*.bin, *.npy) in {data_dir}; {prepare}")
+        unnamed = [path.name for path in paths][:1]
+        mend = f"{unnamed[0]} says neither train nor val, rename it" if unnamed else prepare
+        raise ValueError(f"no token shards (*train*.bin, *val*.bin, *.npy) in {data_dir}; {mend}")
     shards = tuple(read_shard(path) for path, found in paths.items() if found == split)
     if manifest:
         _compare({shard.path.name: shard.tokens for shard in shards}, manifest, split, data_dir)
     if not shards:
-        raise ValueError(f"no {split} shard in {data_dir}: prepare it again (validation is left out by --val-every 0)")
+        without = ", or leave validation out by --val-every 0" if split == "val" else ""
+        raise ValueError(f"no {split} shard in {data_dir}: {_anew(data_dir / MANIFEST)}{without}")
     return shards
 
 
@@ -112,7 +117,7 @@ def read_shard(path: Path) -> Shard:
         tokens, offset = (_read_npy_header if path.suffix == ".npy" else _read_header)(path, file)
     held = (size - offset) // TOKEN_BYTES
     if size != offset + tokens * TOKEN_BYTES:
-        raise ValueError(f"{path}: its header says {tokens} tokens, its {size} bytes hold {held}; prepare it again")
+        raise ValueError(f"{path}: its header says {tokens} tokens, its {size} bytes hold {held}; {_anew(path)}")
     if tokens == 0:
         raise ValueError(f"{path}: holds no tokens; delete it")
     return Shard(path=path, tokens=tokens, offset=offset)
@@ -127,7 +132,7 @@ def check_tokens(shard: Shard, tokens: npt.NDArray[Any], start: int = 0) -> None
     if tokens.size and tokens.max() >= VOCAB_SIZE:
         at = int((tokens.ravel() >= VOCAB_SIZE).argmax())
         found = f"token id {tokens.ravel()[at]} at position {start + at}"
-        raise ValueError(f"{shard.path}: {found}, past GPT-2's vocabulary of {VOCAB_SIZE}; prepare it again")
+        raise ValueError(f"{shard.path}: {found}, past GPT-2's vocabulary of {VOCAB_SIZE}; {_anew(shard.path)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +181,15 @@ def read_manifest(data_dir: Path) -> Manifest | None:
             raise ValueError(f"{size} bytes, more than {MANIFEST_BYTES}")
         return _parse_manifest(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a manifest of token shards ({error}); delete it or prepare again") from error
+        raise ValueError(
+            f"{path}: not a manifest of token shards ({error}); delete it to train on the shards as they are, or "
+            f"{_anew(path)}"
+        ) from error
 
 
 def write_manifest(data_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest, atomically and durably."""
-    _write(data_dir / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    replace_file(data_dir / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
 
 def header(tokens: int) -> bytes:
@@ -191,24 +199,12 @@ def header(tokens: int) -> bytes:
 
 def write_shard(path: Path, tokens: Tokens) -> None:
     """Write one shard of (n,) uint16; it appears under its name only when it is whole and on the disk."""
-    _write(path, header(len(tokens)) + np.ascontiguousarray(tokens, "<u2").tobytes())
+    replace_file(path, header(len(tokens)) + np.ascontiguousarray(tokens, "<u2").tobytes())
 
 
-def flush_directory(directory: Path) -> None:
-    """Return when the names in the directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _write(path: Path, contents: bytes) -> None:
-    unfinished = path.with_name(path.name + PART)
-    with open(unfinished, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    flush_directory(path.parent)
+def _anew(path: Path) -> str:
+    """How to get whole shards again; a preparation that is complete by its manifest does nothing a second time."""
+    return f"delete {path.parent} and prepare it again"
 
 
 def _split_of(path: Path) -> Split | None:
@@ -226,7 +222,7 @@ def _compare(shards: dict[str, int], manifest: Manifest, split: Split, data_dir:
     for name in sorted(shards.keys() | listed.keys()):
         if (here := shards.get(name)) != (there := listed.get(name)):
             raise ValueError(
-                f"{data_dir / name}: {there} tokens by the manifest, {here} here; prepare {data_dir} again"
+                f"{data_dir / name}: {there} tokens by the manifest, {here} here; {_anew(data_dir / name)}"
             )
 
 
@@ -239,12 +235,12 @@ def _regular_size(path: Path) -> int:
 def _read_header(path: Path, file: BinaryIO) -> tuple[int, int]:
     found = file.read(HEADER_BYTES)
     if len(found) < HEADER_BYTES:
-        raise ValueError(f"{path}: shorter than a shard's header of {HEADER_BYTES} bytes; delete it")
+        raise ValueError(f"{path}: shorter than a shard's header of {HEADER_BYTES} bytes; {_anew(path)}")
     header = np.frombuffer(found, "<i4")
     if header[0] != MAGIC:
-        raise ValueError(f"{path}: magic number {header[0]}, a token shard has {MAGIC}; delete it or prepare it again")
+        raise ValueError(f"{path}: magic number {header[0]}, a token shard has {MAGIC}; {_anew(path)}")
     if header[1] != VERSION:
-        raise ValueError(f"{path}: version {header[1]} of the format, this reads {VERSION}; prepare it again")
+        raise ValueError(f"{path}: version {header[1]} of the format, this reads {VERSION}; {_anew(path)}")
     return int(header[2]), HEADER_BYTES
 
 

@@ -13,12 +13,13 @@ import itertools
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
 from tiktoken_ext import openai_public  # type: ignore[import-untyped]
+
+from gpt2_ddp.files import replace_file
 
 EOT = 50256
 """Id of `<|endoftext|>`, which begins every document."""
@@ -125,10 +126,7 @@ def _fill(cache: Path, wanted: dict[str, Path]) -> None:
         contents = source.read_bytes()
         if target.is_file() and target.read_bytes() == contents:
             continue
-        # Several ranks may be here at once: a rename shows each of them a whole file.
-        unfinished = cache / f"{key}.{uuid.uuid4()}.tmp"
-        unfinished.write_bytes(contents)
-        unfinished.replace(target)
+        replace_file(target, contents, contested=True)  # several ranks may be here at once
 
 
 @contextlib.contextmanager

@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
+import pytest
 from running import ROOT, environment, run
 
+from data_prep import prepare as preparing
+from data_prep.encoding import EncodedChunk, Encoder
+from data_prep.sources import Source
 from gpt2_ddp.tokenizer import load_tokenizer
 
 NO_NETWORK = {
@@ -23,6 +27,15 @@ NO_NETWORK = {
     "HF_ENDPOINT": "https://127.0.0.1:9",
 }
 COMMAND = [sys.executable, "-m", "data_prep"]
+
+
+def tokenize_here(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
+    """From now on commands tokenize in this process, not by workers, whose start takes seconds."""
+
+    def encoded_chunks(source: Source, first: int, _workers: int) -> Iterator[EncodedChunk]:
+        return (encoder.encode(source.documents(chunk)) for chunk in source.chunks(first))
+
+    monkeypatch.setattr(preparing, "encoded_chunks", encoded_chunks)
 
 
 def documents(count: int) -> list[str]:

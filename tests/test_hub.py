@@ -73,7 +73,7 @@ def test_one_split_of_it(dataset: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_said_in_one_line(dataset: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "out")
-    assert "'text'; choose --text-field among id, body" in refused("hub", dataset, *out)
+    assert "'text'; choose --text-field among body" in refused("hub", dataset, *out)
     assert "nosplit" in refused("hub", dataset, *out, *FLAGS, "--split", "nosplit")
     assert "not text" in refused("hub", dataset, *out, "--text-field", "id")
     (tmp_path / "empty").mkdir()

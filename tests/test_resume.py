@@ -1,0 +1,128 @@
+"""Which checkpoint a run goes on from, and what is said where it goes on otherwise."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from drivers import warm
+from running import checkpoint, final_hashes, metrics, tree
+
+from gpt2_ddp import build
+from gpt2_ddp.checkpoint import named
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.optim import learning_rate
+from gpt2_ddp.resume import rate_jump
+
+
+@pytest.fixture(scope="module")
+def clean(shared_folder: Path, data_dir: Path) -> Path:
+    return warm.clean_run(shared_folder, data_dir)
+
+
+def break_checkpoint(path: Path) -> None:
+    (path / "optimizer.safetensors").write_bytes(b"broken")
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints"])
+def test_a_run_directory_stands_for_its_newest_good_checkpoint(
+    inside: str, clean: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """Of another run: nothing in it is touched. The run that goes on ends at the same weights."""
+    other = tmp_path / "other"
+    shutil.copytree(clean, other)
+    break_checkpoint(checkpoint(other, 12))
+    before = tree(other)
+    done = warm.train(tmp_path / "run", data_dir, f"--resume={other / inside}")
+    assert f"{checkpoint(other, 12)} is broken (optimizer.safetensors has 6 bytes" in done.stdout
+    assert f"resuming {tmp_path / 'run'} from {checkpoint(other, 8)} at step 8" in done.stdout
+    assert tree(other) == before
+    assert final_hashes(tmp_path / "run") == final_hashes(clean)
+
+
+def test_its_own_run_directory(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    shutil.copytree(clean, out_dir)
+    shutil.rmtree(checkpoint(out_dir, 12))
+    done = warm.train(out_dir, data_dir, f"--resume={out_dir}")
+    assert f"from {checkpoint(out_dir, 8)} at step 8" in done.stdout
+    assert final_hashes(out_dir) == final_hashes(clean)
+    assert [entry["step"] for entry in metrics(out_dir)] == list(range(1, 13))
+
+
+def test_a_path_with_no_good_checkpoint_says_what_to_give(clean: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"cannot resume from .*/run: manifest.json is missing; give a run directory"):
+        named(tmp_path / "run")
+    shutil.copytree(checkpoint(clean, 4), tmp_path / "run" / "checkpoints" / "step_00000004")
+    assert named(tmp_path / "run") == (checkpoint(tmp_path / "run", 4), [])
+    break_checkpoint(checkpoint(tmp_path / "run", 4))
+    with pytest.raises(ValueError, match=r"step_00000004 is broken .*; give another run or checkpoint"):
+        named(tmp_path / "run")
+
+
+SAVED = TrainConfig(max_steps=1000, warmup_steps=100, max_lr=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "jumps"),
+    [
+        ({}, 500, False),
+        ({"max_steps": 2000}, 500, True),
+        ({"max_steps": 2000}, 50, False),  # in the warm-up the length of the run does not matter
+        ({"max_lr": 3e-4}, 50, True),
+        ({"min_lr": 6e-5}, 500, False),  # what the default was
+        ({"min_lr": 0.0}, 999, True),
+        ({"max_steps": 1001}, 500, False),
+        ({"warmup_steps": 200}, 50, True),
+        ({"max_lr": 3e-4, "max_steps": 400}, 500, False),  # nothing is left to do
+        ({"dropout": 0.5, "log_every": 7}, 500, False),
+    ],
+)
+def test_a_rate_that_jumps_is_said(changes: dict[str, Any], step: int, jumps: bool) -> None:
+    said = rate_jump(TrainConfig(**{**SAVED.to_json(), **changes}), SAVED.to_json(), step)
+    assert len(said) == jumps
+    if jumps:
+        assert f" at step {step + 1}: " in said[0]
+        for name, value in changes.items():
+            assert f"--{name.replace('_', '-')} {SAVED.to_json()[name]} is now {value}" in said[0]
+
+
+@pytest.mark.parametrize("saved", [{}, {"max_steps": "many", "max_lr": None}, {"max_steps": -1}, {"warmup_steps": []}])
+def test_a_saved_configuration_that_is_none_says_nothing(saved: dict[str, Any]) -> None:
+    assert rate_jump(SAVED, saved, 500) == []
+
+
+def test_a_resume_with_more_steps_says_how_the_rate_jumps(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    shutil.copytree(clean, out_dir)
+    shutil.rmtree(checkpoint(out_dir, 12))
+    done = warm.train(out_dir, data_dir, "--max-steps", "24")
+    found = re.search(r"jumps from (\S+) to (\S+) at step 9: --max-steps 12 is now 24\n", done.stdout)
+    assert found
+    schedule = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3}
+    assert float(found[1]) == pytest.approx(learning_rate(9, max_steps=12, **schedule), rel=1e-3)
+    [new] = [entry["lr"] for entry in metrics(out_dir) if entry["step"] == 9]
+    assert float(found[2]) == pytest.approx(new, rel=1e-3)
+    assert "jumps" not in warm.train(out_dir, data_dir, "--max-steps", "24").stdout
+
+
+class Usage(NamedTuple):
+    """What `shutil.disk_usage` answers."""
+
+    total: int
+    used: int
+    free: int
+
+
+def test_a_disk_too_small_for_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(model="gpt2-nano", out_dir=tmp_path)
+    for usage in (Usage(10**9, 0, 10**9), Usage(0, 0, 0)):  # zeros: a file system that does not tell
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        build.require_room(config)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 10**7))
+    with pytest.raises(ValueError, match=r"no space for a checkpoint of gpt2-nano, which takes 38 MiB; 9 MiB are free"):
+        build.require_room(config)
