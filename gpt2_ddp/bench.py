@@ -143,4 +143,4 @@ def draw(rungs: list[Measured], bench: Bench) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, prints_result=True)
