@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from eval.run_state import died
 from gpt2_ddp.allocator import keep_freed_memory
+from gpt2_ddp.cli import tell
 from gpt2_ddp.distributed import DistContext, open_context
 from gpt2_ddp.model import GPT
 from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware
@@ -66,6 +68,8 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
         dtype, warning = choose_dtype(choice.dtype, found_hardware(context.device))
         precision = Precision.of(dtype, context.device)
         opened = OpenModel(gpt=gpt.to(context.device), path=path, context=context, precision=precision)
+        if context.is_main and (line := died(Path(choice.model))):
+            tell(f"warning: {line}")
         if warning:
             opened.say(f"warning: {warning}")
         yield opened

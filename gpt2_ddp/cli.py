@@ -110,6 +110,7 @@ def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoRet
     """
     speak_safely()
     try:
+        require_posix(sys.platform)
         status = main() or 0
         lost = _lost_output()
         if prints_result and lost is not None:
@@ -126,6 +127,15 @@ def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoRet
             tell(f"error: {line}")
         status = 2
     leave(status)
+
+
+def require_posix(platform: str) -> None:
+    """
+    Raises:
+        ValueError: on Windows, which has neither the signals nor the locks that a run is stopped and kept safe by.
+    """
+    if platform == "win32":
+        raise ValueError("Windows itself has no SIGUSR1 and no file locks of POSIX: run this in WSL (wsl --install)")
 
 
 def _lost_output() -> OSError | None:

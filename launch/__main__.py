@@ -60,8 +60,18 @@ def summary(found: Found, planned: LaunchPlan) -> str:
     return f"launch: {nodes}{ranks}, on {gpus}, {len(found.cores)} core(s), {memory}{preloaded}"
 
 
+def require_posix(platform: str) -> None:
+    """
+    Raises:
+        ValueError: on Windows, as `gpt2_ddp.cli.require_posix`.
+    """
+    if platform == "win32":
+        raise ValueError("Windows itself has no SIGHUP and no process groups: run this in WSL (wsl --install)")
+
+
 def main(argv: Sequence[str]) -> int:
     try:
+        require_posix(sys.platform)
         flags = parse(argv)
         found = discover(os.environ)
         planned = plan(found, flags)
