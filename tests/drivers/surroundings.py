@@ -49,14 +49,16 @@ def unmet(*, mark: str) -> None:
     train.open_context = open_context
 
 
-def send_to_wandb(*, step: int, number: int) -> None:
-    """A signal to wandb's own process before `step`; at the end the board gets a second, not half a minute."""
+def send_to_wandb(*, step: int, number: int, listing: str) -> None:
+    """A signal to wandb's own processes, listed, before `step`; at the end the board gets a second, not half a minute."""
     boards.CLOSING_SECONDS = 1.0
 
     def send() -> None:
         for child in psutil.Process().children(recursive=True):
             if "wandb" in child.name():
                 child.send_signal(number)
+                with open(listing, "a") as file:
+                    file.write(f"{child.pid}\n")
         time.sleep(0.2)
 
     before_step(lambda _, batch: send() if batch.step == step else None)
