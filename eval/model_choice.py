@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from eval.run_state import died
 from gpt2_ddp.allocator import keep_freed_memory
 from gpt2_ddp.checkpoint import read_json
 from gpt2_ddp.cli import tell
@@ -91,6 +92,8 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
         opened = OpenModel(
             gpt=gpt.to(context.device), path=path, sequence_length=length, context=context, precision=precision
         )
+        if context.is_main and (line := died(Path(choice.model))):
+            tell(f"warning: {line}")
         if warning:
             opened.warn(warning)
         if note and context.is_main:

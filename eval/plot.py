@@ -13,6 +13,8 @@ import numpy as np
 import tyro
 
 from eval.published import CHANCE, published_for
+from eval.run_state import died
+from gpt2_ddp.cli import tell
 from gpt2_ddp.hellaswag import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ class Plot:
             raise ValueError("no run to plot: name at least one run directory")
         figure = draw([read_history(path) for path in self.runs], run_names(self.runs))
         figure.savefig(self.out, format="png", dpi=120)
+        for line in filter(None, map(died, self.runs)):
+            tell(f"warning: {line}")
         print(f"wrote {self.out}")
 
 

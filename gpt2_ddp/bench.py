@@ -219,4 +219,4 @@ def draw(rungs: list[Measured], shapes: Shapes, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, prints_result=True)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gpt2_ddp import optim, resume
+from gpt2_ddp.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.compute import choose_numerics, make_reduction, start_model, trainable
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import (
@@ -29,14 +30,7 @@ from gpt2_ddp.gradients import GradientReduction, use_deterministic_kernels
 from gpt2_ddp.guard import SpikeGuard
 from gpt2_ddp.hellaswag import Example, read_examples
 from gpt2_ddp.memory import parameter_count
-from gpt2_ddp.metrics import (
-    Board,
-    FileLog,
-    NullLog,
-    RunLog,
-    TensorBoard,
-    WeightsAndBiases,
-)
+from gpt2_ddp.metrics import FileLog, NullLog, RunLog
 from gpt2_ddp.micro_batch import settle_micro_batch
 from gpt2_ddp.model import GPT, model_config
 from gpt2_ddp.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
@@ -116,6 +110,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     require_same_data(context, sources.fingerprint)
     context.from_main(lambda: hold_directory(config.out_dir, held))
     found = context.from_main(lambda: find_start(config, sources.fingerprint))
+    boards = context.together(lambda: open_boards(config, context, found.state.get("step", 0)))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
@@ -125,7 +120,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
     told += said_of_dtype
-    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *told]))
+    log = context.together(lambda: open_log(config, context, state.step, boards, [*found.said, *told]))
     return Run(
         config=config,
         context=context,
@@ -144,7 +139,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         log=log,
         writer=open_writer(config, context),
         stop=stop,
-        watchdog=Watchdog(context, config.timeout),
+        watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),
         state=state,
         tokenizer=tokenizer_files() if context.is_main else {},
     )
@@ -263,15 +258,28 @@ def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:
     )
 
 
-def open_log(config: TrainConfig, context: DistContext, step: int, said: Sequence[str]) -> RunLog:
+def open_boards(config: TrainConfig, context: DistContext, step: int) -> list[Aside]:
+    """The boards that rank 0 was asked to show the run on.
+
+    Raises:
+        ValueError: where one cannot be opened.
+    """
+    boards: list[Aside] = []
+    if config.tensorboard and context.is_main:
+        mend = "its folder in --out-dir must be one that can be written"
+        boards.append(Aside("--tensorboard", lambda: TensorBoard(config.out_dir, resumed_step=step), mend))
+    if config.wandb and context.is_main:
+        mend = "set WANDB_API_KEY, or log in by `wandb login`, or set WANDB_MODE=offline"
+        boards.append(Aside("--wandb", lambda: WeightsAndBiases(config.out_dir), mend))
+    return boards
+
+
+def open_log(
+    config: TrainConfig, context: DistContext, step: int, boards: Sequence[Aside], said: Sequence[str]
+) -> RunLog:
     """The run's log on rank 0, which begins with the lines `said`; a silent one elsewhere."""
     if not context.is_main:
         return NullLog()
-    boards: list[Board] = []
-    if config.tensorboard:
-        boards.append(TensorBoard(config.out_dir, resumed_step=step))
-    if config.wandb:
-        boards.append(WeightsAndBiases(config.out_dir))
     log = FileLog(config.out_dir, resumed_step=step, boards=boards)
     for line in said:
         log.say(line)

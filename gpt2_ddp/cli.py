@@ -1,7 +1,9 @@
-"""How every command of the project reads its flags and ends.
+"""How every command of the project reads its flags, speaks and ends.
 
 Exit status: 0 done; 75 stopped cleanly without torchrun; 2 for what the user got wrong, told in one line on
 stderr; 1 for anything else, with its traceback.
+
+What is written for eyes never decides how a command ends: `speak_safely`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import io
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 OURS = {"gpt2_ddp", "data_prep", "eval"}
 DISK_ERRORS = {
@@ -31,6 +37,8 @@ DISK_ERRORS = {
 }
 EXIT_FILE = "GPT2_DDP_EXIT_FILE"
 """Environment variable: the file that tells `python -m launch` how the trainer ended, whatever torchrun answers."""
+GIVEN_UP = "given up"
+"""The name of a thread that waits for a library which no longer answers, and whose exit handlers would wait as well."""
 
 Config = TypeVar("Config")
 
@@ -56,21 +64,105 @@ def user_error(error: BaseException) -> str | None:
     return None
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and leave with its exit status; what the user got wrong is told once on a node."""
+class Console(io.FileIO):
+    """A descriptor that takes whatever is written to it: what its reader, disk or terminal refuses is dropped."""
+
+    refused: OSError | None = None
+    """Why something was dropped."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """The number of bytes in `data`, written or not."""
+        try:
+            written = super().write(data)
+        except OSError as error:
+            self.refused = error
+            written = None
+        return memoryview(data).nbytes if written is None else written  # None: a full pipe that does not block
+
+
+def speak_safely() -> None:
+    """Let nothing that is written to stdout and stderr raise from now on, to the interpreter's last flush.
+
+    A pipe whose reader has gone, a terminal that hung up, a full disk behind `> log`, a stream that was closed, an
+    encoding without the letter: a run goes on by its files. Letters that the encoding lacks come as escapes.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by `>&-`; the next file to be opened would take the descriptor
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        try:
+            console = Console(stream.fileno(), "wb", closefd=False)
+            stream.flush()
+        except OSError:  # what stands there has no descriptor: a notebook's, or a test's
+            continue
+        safe = io.BufferedWriter(console)
+        setattr(
+            sys, name, io.TextIOWrapper(safe, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
+        )
+
+
+def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoReturn:
+    """Run `main` and leave with its exit status; what the user got wrong is told once on a node.
+
+    `prints_result` is for commands whose result is what they print: a disk that has no room for it is a user's error
+    there. A reader that has seen enough, as `head`, is none.
+    """
+    speak_safely()
     try:
+        require_posix(sys.platform)
         status = main() or 0
+        lost = _lost_output()
+        if prints_result and lost is not None:
+            tell(f"error: stdout: {lost.strerror}: the result is not whole")
+            status = 2
+    except KeyboardInterrupt:
+        tell("interrupted")
+        status = 130
     except (ValueError, OSError) as error:
         line = user_error(error)
         if line is None or os.environ.get("GPT2_DDP_TRACEBACK"):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, OneRankError):
+        if first_of_node() or isinstance(error, OneRankError):
             tell(f"error: {line}")
         status = 2
-    if (exit_file := os.environ.get(EXIT_FILE)) and os.environ.get("LOCAL_RANK", "0") == "0":
-        with open(exit_file, "w") as file:
+    leave(status)
+
+
+def require_posix(platform: str) -> None:
+    """
+    Raises:
+        ValueError: on Windows, which has neither the signals nor the locks that a run is stopped and kept safe by.
+    """
+    if platform == "win32":
+        raise ValueError("Windows itself has no SIGUSR1 and no file locks of POSIX: run this in WSL (wsl --install)")
+
+
+def _lost_output() -> OSError | None:
+    """Why a part of stdout was dropped, where somebody would have read it."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    lost = raw.refused if isinstance(raw, Console) else None
+    return lost if lost is not None and lost.errno != errno.EPIPE else None
+
+
+def leave(status: int, *, at_once: bool = False) -> NoReturn:
+    """End this process with `status`, which `python -m launch` is told; `at_once` from any thread, as it stands."""
+    if (exit_file := os.environ.get(EXIT_FILE)) and first_of_node():
+        with contextlib.suppress(OSError), open(exit_file, "w") as file:
             file.write(str(status))
+    if at_once:
+        os._exit(status)
+    if any(thread.name == GIVEN_UP for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+def first_of_node() -> bool:
+    """Whether this process speaks for its node. Without torchrun each does, whatever variables it has inherited."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def tell(line: str) -> None:

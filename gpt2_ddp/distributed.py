@@ -5,31 +5,24 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.cuda_build import require_kernels, require_used
+from gpt2_ddp.rendezvous import START_TIMEOUT, find_place, meet
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
-
-START_TIMEOUT = timedelta(minutes=30)
-"""Until the first step is done: compilers, cold file systems and slow nodes take their time."""
-CONNECT_TIMEOUT = timedelta(seconds=30)
-"""To reach torchrun's store, which is up before a rank starts; where it is not, torchrun has died. Tried twice."""
 
 
 @dataclass
@@ -221,69 +214,26 @@ def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
     """The `DistContext` of this process: from torchrun's environment, or of a single process where there is none.
 
     NCCL carries what lies on a GPU, gloo what lies in main memory. The group is always destroyed.
+
+    Raises:
+        ValueError: where the environment is not that of a single process or of torchrun, or the device is not there.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = choose_device(requested_device, local_rank=local_rank, local_world_size=local_world_size)
+    place = find_place(os.environ)
+    device = choose_device(requested_device, local_rank=place.local_rank, local_world_size=place.local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    context = DistContext(
-        rank=int(os.environ.get("RANK", "0")),
-        local_rank=local_rank,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_world_size=local_world_size,
-        device=device,
-    )
+    context = DistContext(**asdict(place), device=device)
     if context.world_size == 1:
         yield context
         return
-    torchrun_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    connect_timeout = CONNECT_TIMEOUT if torchrun_has_store else START_TIMEOUT
-    shared, rank, world_size = next(rendezvous("env://", timeout=connect_timeout))
-    shared.set_timeout(START_TIMEOUT)
-    prefix = fresh_prefix(shared, rank, world_size)
+    shared, prefix = meet(place)
     store = dist.PrefixStore(prefix, shared)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=START_TIMEOUT, device_id=bound
+        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=START_TIMEOUT, device_id=bound
     )
     try:
         yield replace(context, store=dist.PrefixStore(prefix, shared.clone()))  # type: ignore[attr-defined]
     finally:
         dist.destroy_process_group()
-
-
-def fresh_prefix(store: Store, rank: int, world_size: int) -> str:
-    """A name for the keys of this start in a `store` that may still hold those of ranks that died; collective.
-
-    torchrun keeps its store over restarts, and a restarted rank that reads the address of a dead one cannot connect
-    (pytorch issues 135712 and 167288; the restart count is no name, since each node counts for itself). Rank 0
-    therefore greets the others with a new name until each has answered with that name.
-    """
-    mine, name, deadline = uuid.uuid4().hex, uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
-    if rank:
-        store.set(f"hello/{rank}", mine)
-        while not (welcome := _read(store, f"welcome/{rank}")).startswith(mine):
-            _pause(deadline, "rank 0")
-        store.set(f"thanks/{rank}", welcome)
-        return welcome.removeprefix(mine)
-    waiting = set(range(1, world_size))
-    while waiting:
-        for other in list(waiting):
-            hello = _read(store, f"hello/{other}")
-            store.set(f"welcome/{other}", hello + name)
-            if hello and _read(store, f"thanks/{other}") == hello + name:
-                waiting.remove(other)
-        _pause(deadline, f"ranks {sorted(waiting)}")
-    return name
-
-
-def _read(store: Store, key: str) -> str:
-    return store.get(key).decode() if store.check([key]) else ""
-
-
-def _pause(deadline: float, missing: str) -> None:
-    if time.monotonic() > deadline:
-        raise TimeoutError(f"no answer from {missing} within {START_TIMEOUT}")
-    time.sleep(0.02)

@@ -270,4 +270,6 @@ def table(heads: list[str], rows: Iterable[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: print(cli.parse(gpu_page, "What GPT-2 needs of the usual GPUs, on paper"), end=""))
+    cli.run(
+        lambda: print(cli.parse(gpu_page, "What GPT-2 needs of the usual GPUs, on paper"), end=""), prints_result=True
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class RunLog(Protocol):
         """A training step: console and metrics.jsonl."""
 
     def status(self, state: str, *, step: int, **values: Any) -> None:
-        """Replace status.json."""
+        """Replace status.json, which also names the process: so others see whether a run that goes on has died."""
 
     def cut(self, last_step: int) -> None:
         """Forget the events after `last_step`."""
@@ -78,56 +80,10 @@ class NullLog:
 
 
 class Board(Protocol):
-    """Another place that shows a run's numbers."""
+    """Another place that shows a run's numbers, and does not raise."""
 
     def add(self, name: str, step: int, values: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
-
-
-class TensorBoard:
-    """Writes for TensorBoard into the folder `tensorboard` of the run directory."""
-
-    def __init__(self, out_dir: Path, *, resumed_step: int) -> None:
-        """
-        Raises:
-            ValueError: where the package is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
-        except ImportError as error:
-            raise ValueError(f'--tensorboard: {error}; pip install "gpt2_ddp[tensorboard]"') from None
-        self._writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=resumed_step + 1)
-
-    def add(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(f"{name}/{key}", value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """Sends to Weights & Biases, project gpt2_ddp, under the name of the run directory; a resumed run goes on there."""
-
-    def __init__(self, out_dir: Path) -> None:
-        """
-        Raises:
-            ValueError: where the package is not installed.
-        """
-        try:
-            import wandb  # slow to import, and an extra
-        except ImportError as error:
-            raise ValueError(f'--wandb: {error}; pip install "gpt2_ddp[wandb]"') from None
-        name = out_dir.resolve().name
-        identity = hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:12]
-        self._run = wandb.init(project="gpt2_ddp", name=name, id=identity, resume="allow", dir=str(out_dir))
-        self._run.define_metric("*", step_metric="step")
-
-    def add(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step} | {f"{name}/{key}": value for key, value in values.items()})
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class FileLog:
@@ -167,8 +123,10 @@ class FileLog:
 
     def status(self, state: str, *, step: int, **values: Any) -> None:
         file = self.out_dir / "status.json"
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
         try:
-            replace_file(file, json.dumps({"state": state, "step": step} | values) + "\n")
+            replace_file(file, json.dumps({"state": state, "step": step} | values | who) + "\n")
         except OSError as error:
             warn(f"{file}: {error.strerror}; it should say {state} at step {step}")
 

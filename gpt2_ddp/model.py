@@ -80,8 +80,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """From what `c_attn` gives, (B, T, 3 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        parts = torch.split(qkv, qkv.shape[2] // 3, dim=2)
-        q, k, v = (part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in parts)  # (B, n_head, T, head width)
+        batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        heads = (batch, length, self.n_head, width // self.n_head)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in torch.split(qkv, width, dim=2))
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout)
         y = self.c_proj(y.transpose(1, 2).flatten(2))

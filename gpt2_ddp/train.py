@@ -148,23 +148,26 @@ def finish(run: Run, outcome: str) -> None:
 def run_training(config: TrainConfig) -> int:
     """Everything between the command line and the exit status."""
     stop = StopRequest(config.out_dir)
-    with leaving_with_torchrun(), open_context(config.device) as context, ExitStack() as held:
+    with leaving_with_torchrun(stop.end), open_context(config.device) as context, ExitStack() as held:
+        stop.met()
         run = build_run(config, context, stop, held)
         try:
             if run.state.step >= config.max_steps:
                 run.log.say(
                     f"{config.out_dir} is already at step {run.state.step} of {config.max_steps}: nothing to do"
                 )
+                run.log.status("finished", step=run.state.step)
                 return 0
             context.together(lambda: note_start(run))
             run.log.event("start", step=run.state.step, world_size=context.world_size, dtype=str(run.precision.dtype))
             run.log.status("running", step=run.state.step)
+            stop.at_end(lambda state, why: run.log.status(state, step=run.state.step, **why))
             if config.spike_guard and run.state.step == 0:
                 save(run)  # what a spike before the first checkpoint goes back to
+            stop.started()
             outcome = train(run)
             finish(run, outcome)
-        except OSError:
-            raise  # a disk that refuses files gets no status either
+            stop.at_end(None)
         except BaseException as error:
             run.log.status("failed", step=run.state.step, error=f"{type(error).__name__}: {error}")
             raise

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from launch.console import say
 from launch.discovery import discover
 from launch.plan import Found, LaunchFlags, LaunchPlan, plan
 from launch.torchrun import TORCHRUN, run_torchrun
@@ -59,19 +60,29 @@ def summary(found: Found, planned: LaunchPlan) -> str:
     return f"launch: {nodes}{ranks}, on {gpus}, {len(found.cores)} core(s), {memory}{preloaded}"
 
 
+def require_posix(platform: str) -> None:
+    """
+    Raises:
+        ValueError: on Windows, as `gpt2_ddp.cli.require_posix`.
+    """
+    if platform == "win32":
+        raise ValueError("Windows itself has no SIGHUP and no process groups: run this in WSL (wsl --install)")
+
+
 def main(argv: Sequence[str]) -> int:
     try:
+        require_posix(sys.platform)
         flags = parse(argv)
         found = discover(os.environ)
         planned = plan(found, flags)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
     if flags.dry_run:
-        print(planned.command(TORCHRUN))
+        say(planned.command(TORCHRUN), sys.stdout)
         return 0
     # stderr: a log that is piped on stays the trainer's.
-    print(summary(found, planned), file=sys.stderr, flush=True)
+    say(summary(found, planned), sys.stderr)
     return run_torchrun(planned.torchrun, planned.environment)
 
 

@@ -13,6 +13,7 @@ MAX_GPU_RANK_THREADS = 8
 """A rank with a GPU uses its CPU threads for loading and saving only."""
 FIRST_PORT, PORTS = 10_000, 20_000
 """Rendezvous ports end below 32768, where Linux begins to give ports out to whoever connects."""
+LOOPBACK = "127.0.0.1"
 AFFINITY_VARIABLE = "GPT2_DDP_CPUS"
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SHUTDOWN_SECONDS = 600
@@ -267,7 +268,8 @@ def rendezvous(slurm: SlurmStep | None, flags: LaunchFlags, nnodes: int) -> tupl
 
 def meeting_arguments(nnodes: int, endpoint: str, run_id: str, local_address: str) -> tuple[str, ...]:
     if nnodes == 1:
-        return ("--standalone", "--nnodes=1")
+        # Else the ranks look for each other by the machine's name, which need not resolve.
+        return ("--standalone", "--nnodes=1", f"--local-addr={LOOPBACK}")
     own = (f"--local-addr={local_address}",) if local_address else ()
     return (
         f"--nnodes={nnodes}",

@@ -17,12 +17,17 @@ from types import FrameType
 
 import psutil
 
+from launch.console import say
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 """An environment may have torch without a torchrun on PATH."""
+AGENT = (sys.executable, "-m", "launch.agent")
+"""The same, with a word less at a stop."""
 EXIT_FILE = "GPT2_DDP_EXIT_FILE"
 USER_ERROR = "2"
 STOPPED_OR_DONE = "0"
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAST_SECONDS = 3.0
+"""What ranks get after a second Ctrl-C to note in the run directory that they end."""
 POLL_SECONDS = 0.05
 """Shorter than torchrun's own look at its workers, so that a user error is seen here first."""
 SURVEY_SECONDS = 1.0
@@ -37,7 +42,7 @@ def run_torchrun(arguments: Sequence[str], environment: Mapping[str, str]) -> in
     with tempfile.TemporaryDirectory(prefix="gpt2_ddp_launch_") as folder:
         exit_file = Path(folder) / "status"
         agent = psutil.Popen(
-            [*TORCHRUN, *arguments],
+            [*AGENT, *arguments],
             env={**os.environ, **environment, EXIT_FILE: str(exit_file)},
             stdin=subprocess.DEVNULL,
             # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
@@ -53,10 +58,15 @@ def run_torchrun(arguments: Sequence[str], environment: Mapping[str, str]) -> in
                     break
                 run.survey()
                 run.pass_on(received)
+            if received.count(signal.SIGINT) > 1:
+                run.interrupt()
         finally:
             run.end()
-        killed = run.agent_asked or received.count(signal.SIGINT) > 1
-        return exit_status(agent.wait(), read(exit_file), received[-1] if killed else None, stopped=bool(received))
+        killed_by = received[-1] if run.agent_asked or received.count(signal.SIGINT) > 1 else None
+        status = exit_status(agent.wait(), read(exit_file), killed_by, stopped=bool(received))
+        if killed_by is not None and status == 128 + killed_by:
+            say(f"launch: ended by {killed_by.name}: the trainer had no time to save a step", sys.stderr)
+        return status
 
 
 @dataclass
@@ -84,21 +94,32 @@ class Run:
         """Tell the trainer to stop, once.
 
         The signal goes to the workers, which save and end with status 0, so that torchrun ends as after a finished
-        run on every node. torchrun is told itself where it has no worker, or starts new ones after the signal
-        because the old had no time to install their answer to it.
+        run on every node. torchrun is told itself where no worker answers to signals yet, or where it starts new ones
+        after the signal because the old had no time to install their answer to it.
         """
         if not received or self.agent_asked:
             return
         self.look_for_workers()
         alive = [worker for worker in self.workers if worker.is_running()]
-        if not self.asked and alive:
+        ready = [worker for worker in alive if answers(worker)]
+        if not self.asked and ready:
             self.asked.extend(alive)
             for worker in alive:
                 with suppress(psutil.NoSuchProcess):
-                    worker.send_signal(received[0])
+                    worker.send_signal(received[0] if worker in ready else signal.SIGTERM)
         elif not self.asked or any(worker not in self.asked for worker in alive):
             self.agent_asked = True
             self.agent.send_signal(signal.SIGTERM)
+
+    def interrupt(self) -> None:
+        """Tell the ranks once more, with nobody left who would start them again."""
+        self.look_for_workers()
+        with suppress(psutil.NoSuchProcess):
+            self.agent.kill()
+        for worker in self.workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(signal.SIGINT)
+        psutil.wait_procs(self.workers, timeout=LAST_SECONDS)
 
     def end(self) -> None:
         """Kill what is left: torchrun first, which has no chance to restart or to explain, then its workers."""
@@ -133,20 +154,31 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
+def answers(worker: psutil.Process) -> bool:
+    """Whether the process has a handler for SIGTERM: one that still imports its libraries dies of it. Linux tells."""
+    caught = [line.split()[1] for line in read(Path(f"/proc/{worker.pid}/status")).splitlines() if "SigCgt" in line]
+    return not caught or bool(int(caught[0], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def received_signals() -> list[signal.Signals]:
     """A list that grows by each signal to pass on, to the end of this process.
 
-    The default answers do not come back: a second signal at the very end must not replace the status decided on.
+    SIGHUP, of a terminal that has gone, is one of them unless it is ignored, as under `nohup`. The default answers do
+    not come back: a second signal at the very end must not replace the status decided on.
     """
     received: list[signal.Signals] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    for number in PASSED_ON:
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup):
         signal.signal(number, note)
     return received
 
 
 def read(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -35,7 +35,7 @@ def test_laptop() -> None:
     planned = plan(node(2), NO_FLAGS)
     assert (planned.nnodes, planned.nproc_per_node, planned.threads_per_rank) == (1, 2, 1)
     assert planned.environment == {"OMP_NUM_THREADS": "1"}
-    assert planned.torchrun[:2] == ("--standalone", "--nnodes=1")
+    assert planned.torchrun[:3] == ("--standalone", "--nnodes=1", "--local-addr=127.0.0.1")
     assert planned.torchrun[-2:] == ("-m", "gpt2_ddp.train")
 
 

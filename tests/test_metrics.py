@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import time
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -13,8 +17,6 @@ from gpt2_ddp.metrics import (
     FileLog,
     NullLog,
     StepMetrics,
-    TensorBoard,
-    WeightsAndBiases,
     cut_metrics,
     memory_mb,
 )
@@ -112,30 +114,18 @@ def test_status_is_replaced_whole(tmp_path: Path) -> None:
     log.status("running", step=0)
     with open(tmp_path / "status.json") as reader:  # keeps the old file: it is replaced, not written over
         log.status("failed", step=7, error="RuntimeError: x")
-        assert json.load(reader) == {"state": "running", "step": 0}
+        assert json.load(reader)["state"] == "running"
     log.close()
-    assert json.loads((tmp_path / "status.json").read_text()) == {
+    written = json.loads((tmp_path / "status.json").read_text())
+    assert abs(time.time() - datetime.strptime(written.pop("time"), "%Y-%m-%dT%H:%M:%S%z").timestamp()) < 60
+    assert written == {
         "state": "failed",
         "step": 7,
         "error": "RuntimeError: x",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "status.json"]
-
-
-def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = FileLog(tmp_path, resumed_step=0, boards=[TensorBoard(tmp_path, resumed_step=0)])
-    for step in (1, 2, 3):
-        log.train(step_metrics(step, loss=10.0 - step))
-        log.event("val", step=step, val_loss=20.0 - step)
-    log.close()
-    log = FileLog(tmp_path, resumed_step=2, boards=[TensorBoard(tmp_path, resumed_step=2)])
-    log.train(step_metrics(3, loss=0.5))
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
-    assert [(event.step, event.value) for event in events.Scalars("val/val_loss")] == [(1, 19.0), (2, 18.0)]
-    assert "train/grad_norm" in events.Tags()["scalars"]
 
 
 def test_the_other_ranks_say_nothing(
@@ -155,17 +145,6 @@ def test_the_other_ranks_say_nothing(
 def test_memory_is_in_mebibytes() -> None:
     assert memory_mb(3 << 20) == 3.0
     assert memory_mb(None) == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
-
-
-def test_weights_and_biases_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    log = FileLog(tmp_path, resumed_step=0, boards=[WeightsAndBiases(tmp_path)])
-    log.train(step_metrics(1, loss=9.5))
-    assert wandb.run.summary["train/loss"] == 9.5
-    log.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_lines_that_a_full_disk_refused_are_written_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def check_stopped_and_finish(out_dir: Path, data_dir: Path, clean: Path, *, step
     ("place", "rank", "number"),
     [
         ({"where": "step", "step": 6}, 1, signal.SIGUSR1),
-        ({"where": "step", "step": 1}, 1, signal.SIGTERM),
+        ({"where": "step", "step": 1}, 1, signal.SIGHUP),
         ({"where": "validate", "step": 6}, 0, signal.SIGINT),
     ],
     ids=["in a step", "in the first step", "while evaluating"],
@@ -145,6 +147,7 @@ def test_a_second_interrupt_ends_at_once(clean: Path, data_dir: Path, tmp_path: 
     held(out_dir)
     trainer.insist(signal.SIGINT)  # the first waits for the save, which does not end
     assert trainer.wait().returncode == -signal.SIGINT
+    assert (status(out_dir)["state"], status(out_dir)["error"]) == ("failed", "a second SIGINT")
     assert saved_steps(out_dir, whole=True) == [2]
     warm.train(out_dir, data_dir, *SAME)
     assert final_hashes(out_dir) == final_hashes(clean)
@@ -166,3 +169,35 @@ def test_a_stop_file_from_before_the_start_is_no_reason(clean: Path, data_dir: P
     (tmp_path / "run" / "stop").touch()
     warm.train(tmp_path / "run", data_dir, *SAME)
     assert final_hashes(tmp_path / "run") == final_hashes(clean)
+
+
+def test_what_waits_for_other_ranks_ends_at_a_signal(data_dir: Path, tmp_path: Path) -> None:
+    """In PyTorch's own code, where Python's handlers do not run."""
+    mark = tmp_path / "waiting"
+    trainer = warm.start(tmp_path / "run", data_dir, faults={"unmet": {"mark": str(mark)}})
+    wait_until(mark.exists)
+    trainer.send(signal.SIGTERM)
+    done = trainer.wait()
+    assert (done.returncode, done.stderr) == (
+        75,
+        "stopped by SIGTERM before the first step: there is nothing to save\n",
+    )
+
+
+def test_a_rank_that_waits_for_a_dead_one_leaves_before_it_is_killed(data_dir: Path, tmp_path: Path) -> None:
+    """torchrun would kill it after 30 seconds, and nobody would know why."""
+    out_dir = tmp_path / "run"
+    running = warm.start_ranks(2, out_dir, data_dir, faults={"hold": {"where": "step", "step": 6, "rank": 1}})
+    os.kill(held(out_dir), signal.SIGSTOP)
+    os.kill(warm.ranks(running)[0].pid, signal.SIGTERM)
+    start = time.monotonic()
+    done = warm.finish(running)
+    assert time.monotonic() - start < 25
+    assert done.returncode == 1
+    line = (
+        f"the run stands still: rank 1 on {socket.gethostname()} gives no sign of life; asked to stop, but no step can"
+    )
+    assert f"error: {line}" in done.stderr
+    assert status(out_dir)["state"] == "failed"
+    assert status(out_dir)["error"].startswith(line)
+    assert faults(checkpoint(out_dir, 4)) == []

@@ -1,6 +1,7 @@
 """The trainer with things going wrong: `python tests/drivers/trainer.py [trainer flags]`, also under torchrun.
 
-The environment variable FAULTS holds a JSON object: names of functions in faults.py or watchers.py and their arguments.
+The environment variable FAULTS holds a JSON object: names of functions in faults.py, surroundings.py or watchers.py,
+and their arguments.
 The trainer has one more model, `gpt2-tiny`, whose steps take milliseconds. With `--serve` the process reads requests on
 its standard input and forks a trainer for each: a real process with an exit status and signals, without the seconds
 that importing torch takes.
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch._dynamo  # noqa: F401  so that forked trainers, which need it, have it
 from drivers.faults import FAULTS
+from drivers.surroundings import SURROUNDINGS
 from drivers.watchers import WATCHERS
 
 from gpt2_ddp import build, cli, train
@@ -34,7 +36,7 @@ def run(argv: list[str], faults: dict[str, Any]) -> None:
     sys.argv = ["gpt2_ddp.train", *argv]
     SIZES["gpt2-tiny"] = TINY
     for name, arguments in faults.items():
-        (FAULTS | WATCHERS)[name](**arguments)
+        (FAULTS | SURROUNDINGS | WATCHERS)[name](**arguments)
     cli.run(train.main)
 
 
@@ -53,7 +55,7 @@ def leave(main: Callable[[], None]) -> None:
 
 
 def serve() -> None:
-    """Answer each request, one line of JSON: `argv`, `faults`, `output` start a trainer, `wait` waits for it."""
+    """Answer each request, one line of JSON: `argv`, `faults`, `output`, `console` start a trainer, `wait` waits."""
     files = build.tokenizer_files()
     build.tokenizer_files = lambda: files
     gc.freeze()  # else each child would copy all of this process's objects when it looks for garbage
@@ -65,7 +67,10 @@ def serve() -> None:
         elif (answer := os.fork()) == 0:
             os.setsid()
             for number, name in ((1, "stdout"), (2, "stderr")):
-                descriptor = os.open(f"{request['output']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                path = request["console"] or f"{request['output']}.{name}"
+                # a terminal becomes the session's own where it is opened for reading too
+                mode = os.O_RDWR if path.startswith("/dev/pts") else os.O_WRONLY
+                descriptor = os.open(path, mode | os.O_CREAT | os.O_TRUNC)
                 os.dup2(descriptor, number)
                 os.close(descriptor)
             leave(lambda request=request: run(request["argv"], request["faults"]))

@@ -98,15 +98,16 @@ class Trainer:
 
     def wait(self) -> Ended:
         returncode = ask(wait=self.pid)
-        said = [Path(f"{self.output}.{name}").read_text() for name in ("stdout", "stderr")]
+        files = [Path(f"{self.output}.{name}") for name in ("stdout", "stderr")]
+        said = [file.read_text() if file.exists() else "" for file in files]
         shutil.rmtree(self.output.parent)
         return Ended(returncode=returncode, stdout=said[0], stderr=said[1])
 
 
-def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None) -> Trainer:
-    """Start to train on one rank and return at once."""
+def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, console: str = "") -> Trainer:
+    """Start to train on one rank and return at once; with `console` stdout and stderr go to that file or terminal."""
     output = Path(tempfile.mkdtemp()) / "output"
-    pid = ask(argv=flags(out_dir, data_dir, *more), faults=faults or {}, output=str(output))
+    pid = ask(argv=flags(out_dir, data_dir, *more), faults=faults or {}, output=str(output), console=console)
     return Trainer(pid=pid, output=output)
 
 
