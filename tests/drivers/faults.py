@@ -104,11 +104,14 @@ def hold_save(*, step: int) -> None:
     saver.write_checkpoint = write_checkpoint
 
 
-def kill(*, steps: Sequence[int], rank: int = 0) -> None:
-    """SIGKILL this process at the beginning of `steps`, once at each."""
+def kill(*, steps: Sequence[int], rank: int = 0, when_saved: bool = False) -> None:
+    """SIGKILL this process at the beginning of `steps`, once at each; with `when_saved` after the last save due."""
 
     def die(run: Run, batch: StepBatch) -> None:
         if batch.step in steps and rank == RANK and first_time(run.config.out_dir / f"killed{batch.step}"):
+            due = run.state.step // run.config.checkpoint_every * run.config.checkpoint_every
+            while when_saved and not (run.config.out_dir / "checkpoints" / checkpoint.step_name(due)).exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     before_step(die)
@@ -170,7 +173,7 @@ def leave_out(*, steps: Sequence[int], halve_scale: bool = False) -> None:
             return original(optimizer, scaler, **values)
         optimizer.zero_grad(set_to_none=True)
         if halve_scale:
-            scaler.update(scaler.get_scale() / 2)
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scaler.get_scale() / 2, "_growth_tracker": 0})
         return torch.zeros(()), torch.tensor(True)
 
     optim.apply_update = apply_update
@@ -195,11 +198,14 @@ def pass_over(*, after: int, by: int) -> None:
 
 
 def flip_bit(*, step: int, rank: int, tensor: str) -> None:
-    """Flip one bit of the last number of a parameter on one rank before `step`, high enough not to be rounded off."""
+    """Flip one bit of the last number of a parameter or a moment (`NAME.exp_avg`) on one rank before `step`, high
+    enough not to be rounded off.
+    """
 
     def flip(run: Run, batch: StepBatch) -> None:
         if batch.step == step and rank == RANK and first_time(run.config.out_dir / "flipped"):
-            dict(run.model.named_parameters())[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
+            tensors = dict(run.model.named_parameters()) | optim.optimizer_tensors(run.model, run.optimizer)
+            tensors[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
 
     before_step(flip)
 
