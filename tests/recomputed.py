@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gpt2_ddp.data import permute
 from gpt2_ddp.model import GPT, GPTConfig
+from gpt2_ddp.pretrained import load_model
 
 PLAIN = {
     **warm.TINY,
@@ -116,3 +117,11 @@ def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert float((found[name] - tensor).norm()) <= 3e-4 * float(tensor.norm()), name
+
+
+def loss_of(path: Path, data_dir: Path, sequences: int) -> float:
+    """The loss of a checkpoint over the first sequences of 16 tokens of the validation shard, from the definition."""
+    windows = torch.tensor(token_windows(data_dir, "val", 16)[:sequences])
+    with torch.no_grad():
+        log_likelihood = load_model(path).eval()(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])
+    return -float(log_likelihood.mean())

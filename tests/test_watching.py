@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from drivers import warm
+from hellaswag_examples import examples, write_examples
+from recomputed import loss_of
+from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
+
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.hellaswag import HellaSwagResult, evaluate, read_examples
+from gpt2_ddp.pretrained import load_model
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
 """A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""
@@ -77,6 +85,7 @@ def test_the_compiled_module_only_trains(unwatched: Path, hellaswag: Path, data_
     assert saved[0] == saved[1]
 
 
+<<<<<<< HEAD
 def test_ranks_compile_one_graph_for_all_blocks_and_none_after_the_warm_up(data_dir: Path, tmp_path: Path) -> None:
     """DDP, which could cut a graph where its buckets end, changes nothing; in bfloat16 the head's loss is another."""
     counted_calls = {"watch_compiled": {"listing": str(tmp_path / "calls")}}
@@ -85,6 +94,16 @@ def test_ranks_compile_one_graph_for_all_blocks_and_none_after_the_warm_up(data_
     ranks = [json.loads(calls.read_text()) for calls in tmp_path.glob("calls.*")]
     losses = 3 * 2  # computed with their gradients, for which autograd is not needed
     assert ranks == [{"train": losses * 2, "other": losses, "graphs": 2, "later graphs": 0}] * 2
+=======
+def test_a_compiler_that_fails_on_one_rank_is_done_without_on_all(data_dir: Path, tmp_path: Path) -> None:
+    faults = {"compile_fails": {"rank": 1, "listing": str(tmp_path / "compiled")}}
+    done = warm.train_ranks(2, tmp_path / "run", data_dir, "--compile", "on", "--reproducible", faults=faults)
+    said = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1
+    assert "torch.compile failed (BackendCompilerFailed" in said[0]
+    assert said[0].endswith("training without it")
+    assert not list(tmp_path.glob("compiled*"))
+    assert len(metrics(tmp_path / "run")) == 12
 
 
 def test_the_device_is_waited_for_in_logged_steps_alone(data_dir: Path, tmp_path: Path) -> None:
@@ -120,3 +139,58 @@ def test_a_finished_run_is_left_alone(unwatched: Path, data_dir: Path) -> None:
         name.removeprefix("checkpoints/"): digest for name, digest in before.items() if name.startswith("checkpoints/")
     }
     assert checkpoint(unwatched).name == "step_00000006"
+
+
+def scored_alone(run: Path, file: Path, protocol: str) -> tuple[HellaSwagResult, int]:
+    """What one process gives for a run's last checkpoint, and how many tokens it reads for that."""
+    model, tokens = load_model(checkpoint(run)), list[int]()
+    model.wte.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    return evaluate(model, read_examples(file), protocol=protocol, context=DistContext()), sum(tokens)
+
+
+def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path, tmp_path: Path) -> None:
+    """They share the work, change nothing, and what is no training counts neither in `dt` nor in rates.
+
+    By the clock a training step of 128 tokens takes a second, and each thing that is done between steps a hundred.
+    """
+    out_dir, file = tmp_path / "run", write_examples(tmp_path / "hellaswag.jsonl", examples(12))
+    flags = [part for name, value in TWENTY_STEPS.items() for part in (f"--{name}", value)]
+    cadence = ["--val-every=3", "--val-tokens=160", "--sample-every=7", "--checkpoint-every=4", "--keep-checkpoints=1",
+               "--log-every=5", "--hellaswag-every=8", f"--hellaswag-data={file}", "--hellaswag-protocol=harness",
+               "--check-ranks-every=3", "--tensorboard"]  # fmt: skip
+    watchers = {"work_clock": {"step": 1.0, "beside": 100.0}, "known_peak": {"flops": 5e9},
+                "watch_shares": {"listing": str(tmp_path / "rank")}}  # fmt: skip
+    done = warm.train_ranks(2, out_dir, data_dir, *flags, *cadence, faults=watchers)
+    assert final_hashes(out_dir) == final_hashes(clean_run(nproc=2))
+
+    clean = {entry["step"]: entry for entry in metrics(clean_run(nproc=2))}
+    assert [entry["step"] for entry in metrics(out_dir)] == [5, 10, 15, 20]
+    assert all(e["loss"] == clean[e["step"]]["loss"] for e in metrics(out_dir))
+    happened = {event: [e["step"] for e in metrics(out_dir, event)] for event in ("val", "sample", "hellaswag")}
+    assert happened == {"val": [3, 6, 9, 12, 15, 18, 20], "sample": [7, 14, 20], "hellaswag": [8, 16, 20]}
+    assert [e["step"] for e in metrics(out_dir, "checkpoint")] == [4, 8, 12, 16, 20]
+    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step_00000020"]
+    losses = [e["val_loss"] for e in metrics(out_dir, "val")]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks
+    assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
+    assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
+    assert "step 20 | sample: Language is" in done.stdout
+    assert list((out_dir / "tensorboard").iterdir())
+
+    scored, tokens = scored_alone(out_dir, file, "harness")
+    last = metrics(out_dir, "hellaswag")[-1]
+    told = (last["protocol"], last["acc"], last["acc_norm"], last["examples"])
+    assert told == (scored.protocol, scored.acc, scored.acc_norm, 12)
+    assert (scored.acc, scored.acc_norm) != tuple(vars(scored_alone(out_dir, file, "completion")[0])[name]
+                                                  for name in ("acc", "acc_norm"))  # fmt: skip
+    shares = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    assert [share["validate"] for share in shares] == [7 * 80, 7 * 80]
+    assert sum(share["score_hellaswag"] for share in shares) == 3 * tokens
+
+    flops = 6 * (2 * 12 * 64**2 + 50304 * 64) + 12 * 2 * 64 * 16  # a token: 6 a weight, and attention's two products
+    for entry in metrics(out_dir):
+        assert entry["step_ms"] == pytest.approx(1000, rel=1e-4)
+        assert entry["tokens_per_sec"] == pytest.approx(128, rel=1e-4)
+        assert entry["mfu"] == pytest.approx(128 * flops / (2 * 5e9), abs=1e-4)
+        assert entry["data_wait_ms"] < 1

@@ -1,4 +1,4 @@
-"""Correct parts wired wrongly: a run is recomputed from its flags alone, and each flag has a test that sees what it does."""
+"""Correct parts wired wrongly: a run is recomputed from its flags, and each flag has a test that sees what it does."""
 
 from __future__ import annotations
 

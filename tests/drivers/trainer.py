@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch._dynamo  # noqa: F401  so that forked trainers, which need it, have it
 from drivers.faults import FAULTS
+from drivers.surroundings import SURROUNDINGS
 from drivers.watchers import WATCHERS
 
 from gpt2_ddp import build, cli, train
@@ -34,7 +35,7 @@ def run(argv: list[str], faults: dict[str, Any]) -> None:
     sys.argv = ["gpt2_ddp.train", *argv]
     SIZES["gpt2-tiny"] = TINY
     for name, arguments in faults.items():
-        (FAULTS | WATCHERS)[name](**arguments)
+        (FAULTS | SURROUNDINGS | WATCHERS)[name](**arguments)
     cli.run(train.main)
 
 
