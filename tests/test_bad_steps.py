@@ -69,13 +69,14 @@ def test_so_it_is_where_ranks_sum_in_a_tree(data_dir: Path, tmp_path: Path) -> N
     assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
 
 
-def test_a_resume_takes_up_the_scale_of_the_gradients(data_dir: Path, tmp_path: Path) -> None:
+def test_a_resume_takes_up_the_scale_of_the_gradients_and_the_skipped_updates(data_dir: Path, tmp_path: Path) -> None:
     """It was halved at step 3; a new scaler would have the scale that it begins with, and count from the resume."""
     bad = {"non_finite": {"steps": [3], "where": "gradient", "value": math.inf}}
     for steps in ("5", "12"):
         warm.train(tmp_path / "run", data_dir, "--dtype", "float16", "--max-steps", steps, faults=bad)
         scaler = json.loads((checkpoint(tmp_path / "run") / "trainer_state.json").read_text())["scaler"]
         assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, int(steps) - 3)
+    assert skipped(tmp_path / "run") == [0, 0] + [1] * 10
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(data_dir: Path, tmp_path: Path) -> None:
@@ -167,6 +168,8 @@ def test_it_goes_back_no_more_often_than_it_may(data_dir: Path, tmp_path: Path) 
     flags = (*GUARDED, "--spike-limit", "2")
     done = warm.train(tmp_path / "run", data_dir, *flags, faults=spiky(*range(23, 60)))
     assert done.stdout.count("is a spike") == 2
+    spikes = [(entry["spike_step"], entry["passed_over"]) for entry in metrics(tmp_path / "run", "spike")]
+    assert spikes == [(23, 3), (21, 4)]
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, 33))
 
 

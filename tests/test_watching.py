@@ -170,6 +170,7 @@ def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path
     assert happened == {"val": [3, 6, 9, 12, 15, 18, 20], "sample": [7, 14, 20], "hellaswag": [8, 16, 20]}
     assert [e["step"] for e in metrics(out_dir, "checkpoint")] == [4, 8, 12, 16, 20]
     assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step_00000020"]
+    assert [e["world_size"] for e in metrics(out_dir, "start")] == [2]
     losses = [e["val_loss"] for e in metrics(out_dir, "val")]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks

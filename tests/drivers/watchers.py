@@ -113,6 +113,20 @@ def watch_shares(*, listing: str) -> None:
         around(name, watch(name))
 
 
+def watch_comparisons(*, listing: str) -> None:
+    """List the steps after which the ranks' weights are compared; the loop's own call, which needs no second rank."""
+    done = [0]
+    before_step(lambda run, _: done.append(run.state.step + 1))
+
+    def watched(_: Any, work: Callable[[], Any]) -> None:
+        with Path(listing).open("a") as file:
+            file.write(f"{done[-1]} ")
+        work()
+
+    around("require_equal_ranks", watched)
+
+
 WATCHERS = {
-    watcher.__name__: watcher for watcher in (watch_reads, watch_compiled, work_clock, known_peak, watch_shares)
+    watcher.__name__: watcher
+    for watcher in (watch_reads, watch_compiled, work_clock, known_peak, watch_shares, watch_comparisons)
 }
