@@ -85,7 +85,6 @@ def test_the_compiled_module_only_trains(unwatched: Path, hellaswag: Path, data_
     assert saved[0] == saved[1]
 
 
-<<<<<<< HEAD
 def test_ranks_compile_one_graph_for_all_blocks_and_none_after_the_warm_up(data_dir: Path, tmp_path: Path) -> None:
     """DDP, which could cut a graph where its buckets end, changes nothing; in bfloat16 the head's loss is another."""
     counted_calls = {"watch_compiled": {"listing": str(tmp_path / "calls")}}
@@ -94,7 +93,8 @@ def test_ranks_compile_one_graph_for_all_blocks_and_none_after_the_warm_up(data_
     ranks = [json.loads(calls.read_text()) for calls in tmp_path.glob("calls.*")]
     losses = 3 * 2  # computed with their gradients, for which autograd is not needed
     assert ranks == [{"train": losses * 2, "other": losses, "graphs": 2, "later graphs": 0}] * 2
-=======
+
+
 def test_a_compiler_that_fails_on_one_rank_is_done_without_on_all(data_dir: Path, tmp_path: Path) -> None:
     faults = {"compile_fails": {"rank": 1, "listing": str(tmp_path / "compiled")}}
     done = warm.train_ranks(2, tmp_path / "run", data_dir, "--compile", "on", "--reproducible", faults=faults)

@@ -77,7 +77,7 @@ SEEN_BY = {
     "optimizer": RECOMPUTED,
     "device": "test_distributed.py::test_a_device_that_is_not_there_is_refused",
     "dtype": "test_wiring.py::test_the_model_is_the_one_that_is_named",
-    "compile": "test_watching.py::test_a_compiler_that_works_is_made_use_of",
+    "compile": "test_watching.py::test_the_compiled_module_only_trains",
     "activation_checkpointing": "test_train.py::test_activation_checkpointing_computes_blocks_again",
     "log_every": "test_watching.py::test_any_cadence_gives_the_same_weights",
     "val_every": "test_watching.py::test_any_cadence_gives_the_same_weights",
