@@ -205,7 +205,7 @@ class TrainData:
         self.pin_memory = device.type == "cuda"
         self._next_step = first_step
         self._waited = 0.0
-        # A new thread's GPU is number 0, by way of which it would pin memory.
+        # a new thread's GPU is number 0, by way of which it would pin memory
         choose = partial(torch.cuda.set_device, device) if self.pin_memory else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose)
         self._ahead: deque[Future[StepBatch]] = deque()

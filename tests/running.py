@@ -165,10 +165,20 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def final_hashes(out_dir: Path, step: int | None = None) -> dict[str, str]:
-    """SHA-256 of the weights and of the optimizer's state in the checkpoint of `step`, or the newest."""
+def final_hashes(out_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """What the checkpoint of `step`, or the newest, holds: SHA-256 of weights and moments, and all that a run counts.
+
+    Of trainer_state.json only what tells how it was computed is left out: flags, ranks and numerics.
+    """
     names = ("model.safetensors", "optimizer.safetensors")
-    return {name: sha256(checkpoint(out_dir, step) / name) for name in names}
+    state = json.loads((checkpoint(out_dir, step) / "trainer_state.json").read_text())
+    counted = {name: value for name, value in state.items() if name not in ("config", "batch", "numerics")}
+    return {name: sha256(checkpoint(out_dir, step) / name) for name in names} | counted
+
+
+def weights_and_moments(out_dir: Path, step: int | None = None) -> list[str]:
+    """Their SHA-256 alone: of runs that came to them in different ways."""
+    return [value for name, value in final_hashes(out_dir, step).items() if name.endswith(".safetensors")]
 
 
 def tree(folder: Path) -> dict[str, str]:

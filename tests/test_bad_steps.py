@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from drivers import warm
-from running import checkpoint, final_hashes, metrics, status
+from recomputed import assert_near
+from running import checkpoint, final_hashes, metrics, status, weights_and_moments
+from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint import faults
 
@@ -46,7 +48,7 @@ def test_an_update_that_is_not_finite_is_left_out(
     assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 3, 3, 3, 3, 3]
     warm.train(tmp_path / "good", data_dir, "--dtype", dtype)
     assert skipped(tmp_path / "good") == [0] * 12
-    assert final_hashes(tmp_path / "good") != final_hashes(tmp_path / "bad")
+    assert weights_and_moments(tmp_path / "good") != weights_and_moments(tmp_path / "bad")
 
 
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all(data_dir: Path, tmp_path: Path) -> None:
@@ -54,8 +56,9 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(data_dir: Path, tmp_p
     bad = {"non_finite": {"steps": [3, 7], "where": "gradient", "value": math.inf, "rank": 1}}
     warm.train_ranks(2, tmp_path / "bad", data_dir, faults=bad)
     assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
-    warm.train_ranks(2, tmp_path / "out", data_dir, faults={"leave_out": {"steps": [3, 7]}})
-    assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
+    warm.train(tmp_path / "out", data_dir, faults={"leave_out": {"steps": [3, 7]}})
+    for name in ("model.safetensors", "optimizer.safetensors"):  # of one rank, up to the order of a sum
+        assert_near(*(load_file(checkpoint(tmp_path / run) / name) for run in ("bad", "out")))
 
 
 def test_so_it_is_where_ranks_sum_in_a_tree(data_dir: Path, tmp_path: Path) -> None:
@@ -66,13 +69,14 @@ def test_so_it_is_where_ranks_sum_in_a_tree(data_dir: Path, tmp_path: Path) -> N
     assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
 
 
-def test_a_resume_takes_up_the_scale_of_the_gradients(data_dir: Path, tmp_path: Path) -> None:
+def test_a_resume_takes_up_the_scale_of_the_gradients_and_the_skipped_updates(data_dir: Path, tmp_path: Path) -> None:
     """It was halved at step 3; a new scaler would have the scale that it begins with, and count from the resume."""
     bad = {"non_finite": {"steps": [3], "where": "gradient", "value": math.inf}}
     for steps in ("5", "12"):
         warm.train(tmp_path / "run", data_dir, "--dtype", "float16", "--max-steps", steps, faults=bad)
         scaler = json.loads((checkpoint(tmp_path / "run") / "trainer_state.json").read_text())["scaler"]
         assert (scaler["scale"], scaler["_growth_tracker"]) == (2.0**15, int(steps) - 3)
+    assert skipped(tmp_path / "run") == [0, 0] + [1] * 10
 
 
 def test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint(data_dir: Path, tmp_path: Path) -> None:
@@ -93,7 +97,12 @@ def test_skips_between_two_logged_steps_are_seen(data_dir: Path, tmp_path: Path)
 
 
 def spiky(*steps: int, kill: tuple[int, ...] = ()) -> dict[str, Any]:
-    return {"spike": {"steps": steps, "factor": 5}, "kill": {"steps": kill}}
+    return {"spike": {"steps": steps, "factor": 5}, "kill": {"steps": kill, "when_saved": True}}
+
+
+def guard(out_dir: Path) -> dict[str, Any]:
+    """What the last checkpoint says of the guard."""
+    return dict(final_hashes(out_dir)["spike_guard"])
 
 
 def test_a_spike_goes_back_and_passes_over_the_data(data_dir: Path, tmp_path: Path) -> None:
@@ -103,7 +112,11 @@ def test_a_spike_goes_back_and_passes_over_the_data(data_dir: Path, tmp_path: Pa
     assert "is a spike: going back to step 20 and past this data" in done.stdout
     passed = {"pass_over": {"after": 20, "by": 3}}
     warm.train(tmp_path / "passed", data_dir, *GUARDED, faults=passed)
-    assert final_hashes(tmp_path / "spiked") == final_hashes(tmp_path / "passed")
+    guards = [guard(tmp_path / name) for name in ("spiked", "passed")]
+    assert final_hashes(tmp_path / "spiked") == {**final_hashes(tmp_path / "passed"), "spike_guard": guards[0]}
+    losses = [entry["loss"] for entry in metrics(tmp_path / "spiked")]
+    assert guards[0] == {"passed_over": 3, "rollbacks": 1, "recent": losses}  # none of those that did not count
+    assert guards[1] == {"passed_over": 0, "rollbacks": 0, "recent": losses}
     chains = [[(e["step"], e["data_hash"]) for e in metrics(tmp_path / name)] for name in ("spiked", "passed")]
     assert chains[0] == chains[1]
     assert [step for step, _ in chains[0]] == list(range(1, 33))
@@ -111,16 +124,35 @@ def test_a_spike_goes_back_and_passes_over_the_data(data_dir: Path, tmp_path: Pa
     assert (event["step"], event["spike_step"], event["passed_over"]) == (20, 23, 3)
 
 
-@pytest.mark.parametrize("kills", [(24,), (27,), (24, 27, 30)])
-def test_what_was_passed_over_is_remembered_by_a_resume(data_dir: Path, tmp_path: Path, kills: tuple[int, ...]) -> None:
-    """Data step 24 is the first after the rollback; the checkpoint of step 25 is written after data step 28."""
-    warm.train(tmp_path / "clean", data_dir, *GUARDED, faults=spiky(23))
+def test_going_back_takes_up_the_counts_of_skipped_updates(data_dir: Path, tmp_path: Path) -> None:
+    """Update 20 is skipped and saved; of data steps 21 to 23, one of them skipped, nothing remains; 24 is skipped."""
+    bad = {"non_finite": {"steps": [20, 22, 24], "where": "loss", "value": math.nan}}
+    warm.train(tmp_path / "run", data_dir, *GUARDED, faults=bad | spiky(23))
+    assert skipped(tmp_path / "run") == [0] * 19 + [1] + [2] * 12
+    counts = [
+        (final_hashes(tmp_path / "run", step)[name]) for step in (20, 32) for name in ("skipped", "skipped_in_a_row")
+    ]
+    assert counts == [1, 1, 2, 0]
+    done = warm.train(tmp_path / "less", data_dir, *GUARDED, "--skip-limit", "1", faults=bad | spiky(23), status=1)
+    assert "step 21: 2 steps in a row" in done.stderr
+
+
+@pytest.mark.parametrize(("kills", "starts"), [((24,), [0, 20]), ((27,), [0, 20]), ((24, 27, 30), [0, 20, 20, 25])])
+def test_what_was_passed_over_is_remembered_by_a_resume(
+    shared_folder: Path, data_dir: Path, tmp_path: Path, kills: tuple[int, ...], starts: list[int]
+) -> None:
+    """Data step 24 is the first after the rollback, and step 25 of data step 28 is saved. The spike of data step 33
+    comes when the run has gone back as often as it may.
+    """
+    flags, out_dir = (*GUARDED, "--spike-limit", "1"), tmp_path / "killed"
+    clean = warm.clean_run(shared_folder, data_dir, *flags, faults=spiky(23, 33))
     for _ in kills:
-        faults = spiky(23, kill=kills)
-        warm.train(tmp_path / "killed", data_dir, *GUARDED, faults=faults, status=-signal.SIGKILL)
-    warm.train(tmp_path / "killed", data_dir, *GUARDED, faults=spiky(23, kill=kills))
-    assert final_hashes(tmp_path / "killed") == final_hashes(tmp_path / "clean")
-    assert [entry["step"] for entry in metrics(tmp_path / "killed")] == list(range(1, 33))
+        warm.train(out_dir, data_dir, *flags, faults=spiky(23, 33, kill=kills), status=-signal.SIGKILL)
+    warm.train(out_dir, data_dir, *flags, faults=spiky(23, 33, kill=kills))
+    assert [entry["step"] for entry in metrics(out_dir, "start")] == starts
+    assert final_hashes(out_dir) == final_hashes(clean)
+    assert guard(clean)["rollbacks"] == 1
+    assert [entry["step"] for entry in metrics(out_dir)] == list(range(1, 33))
 
 
 def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(data_dir: Path, tmp_path: Path) -> None:
@@ -129,13 +161,15 @@ def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(data_dir: Pa
     done = warm.train(tmp_path / "spiked", data_dir, *flags, faults=spiky(20, kill=(25,)))
     assert "could not save" not in done.stdout
     warm.train(tmp_path / "passed", data_dir, *flags, faults={"pass_over": {"after": 0, "by": 20}})
-    assert final_hashes(tmp_path / "spiked") == final_hashes(tmp_path / "passed")
+    assert weights_and_moments(tmp_path / "spiked") == weights_and_moments(tmp_path / "passed")
 
 
 def test_it_goes_back_no_more_often_than_it_may(data_dir: Path, tmp_path: Path) -> None:
     flags = (*GUARDED, "--spike-limit", "2")
     done = warm.train(tmp_path / "run", data_dir, *flags, faults=spiky(*range(23, 60)))
     assert done.stdout.count("is a spike") == 2
+    spikes = [(entry["spike_step"], entry["passed_over"]) for entry in metrics(tmp_path / "run", "spike")]
+    assert spikes == [(23, 3), (21, 4)]
     assert [entry["step"] for entry in metrics(tmp_path / "run")] == list(range(1, 33))
 
 
@@ -143,10 +177,13 @@ def test_two_ranks_go_back_together(data_dir: Path, tmp_path: Path) -> None:
     flags = (*GUARDED, "--reproducible")
     warm.train_ranks(2, tmp_path / "two", data_dir, *flags, faults=spiky(23))
     warm.train(tmp_path / "one", data_dir, *flags, faults={"pass_over": {"after": 20, "by": 3}})
-    assert final_hashes(tmp_path / "two") == final_hashes(tmp_path / "one")
+    two, one = final_hashes(tmp_path / "two"), final_hashes(tmp_path / "one")
+    assert two == {**one, "spike_guard": {**one["spike_guard"], "passed_over": 3, "rollbacks": 1}}
 
 
 def test_without_the_guard_a_spike_is_trained_on(data_dir: Path, tmp_path: Path) -> None:
-    done = warm.train(tmp_path / "run", data_dir, "--max-steps", "32", faults=spiky(23))
-    assert "is a spike" not in done.stdout
-    assert metrics(tmp_path / "run", "spike") == []
+    """So it is with one that is told to let it pass."""
+    for number, flags in enumerate(((), ("--spike-guard", "1e6"))):
+        done = warm.train(tmp_path / str(number), data_dir, "--max-steps", "32", *flags, faults=spiky(23))
+        assert "is a spike" not in done.stdout
+        assert metrics(tmp_path / str(number), "spike") == []

@@ -131,6 +131,7 @@ def test_gradients_are_reduced_once_an_update_however_many_micro_steps(
 COLLECTIVES = """
 import os
 import sys
+from contextlib import suppress
 import torch
 import torch.distributed as dist
 from gpt2_ddp.distributed import open_context
@@ -150,7 +151,7 @@ def fail_on(rank, error):
         return "fine"
     return make
 
-with open_context("cpu") as context:
+with suppress(KeyError), open_context("cpu") as context:
     rank, others = context.rank, context.world_size - 1
     assert context.world_size == int(os.environ["WORLD_SIZE"]) == 2
     assert dist.get_backend() == "gloo"
@@ -199,8 +200,9 @@ with open_context("cpu") as context:
     assert patience() == 1800
     Watchdog(context, 5.0).watch()  # as after the first step
     assert patience() == 35
+    sys.stdout.write(f"rank {rank} is through\\n")  # in one piece: print writes the line end apart
+    raise KeyError  # the group is destroyed also after an error
 assert not dist.is_initialized()
-sys.stdout.write(f"rank {rank} is through\\n")  # in one piece: print writes the line end apart
 """
 
 
@@ -216,24 +218,6 @@ def test_a_rank_without_a_disk_is_given_everything_and_holds_it_once(tmp_path: P
     done = run([*python(2), str(ROOT / "tests" / "drivers" / "two_disks.py"), str(tmp_path)], timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 is through", "rank 1 is through"]
-
-
-FAILING = """
-import torch.distributed as dist
-from gpt2_ddp.distributed import open_context
-try:
-    with open_context("cpu") as context:
-        raise KeyError("rank %d" % context.rank)
-except KeyError as error:
-    print(error, dist.is_initialized())
-"""
-
-
-def test_the_group_is_destroyed_also_after_an_error(tmp_path: Path) -> None:
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING)
-    done = run([*python(2), str(script)], timeout=120)
-    assert sorted(done.stdout.splitlines()) == ["'rank 0' False", "'rank 1' False"], done.stderr
 
 
 def test_a_single_process_needs_no_group() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from drivers import warm
-from running import final_hashes, metrics
+from running import final_hashes, metrics, weights_and_moments
 
 from gpt2_ddp.shards import write_shard
 
@@ -57,7 +57,7 @@ def test_dropout_drops_and_depends_on_the_seed_and_the_place_alone(
     shared_folder: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     clean = warm.clean_run(shared_folder, data_dir, *DROPOUT)
-    assert final_hashes(clean) != final_hashes(warm.clean_run(shared_folder, data_dir, *SAME))
+    assert weights_and_moments(clean) != weights_and_moments(warm.clean_run(shared_folder, data_dir, *SAME))
     for step in (1, 6):
         warm.train(tmp_path / "run", data_dir, *DROPOUT, faults={"stop_after": {"step": step}}, status=75)
     warm.train(tmp_path / "run", data_dir, *DROPOUT)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from drivers import warm
+from recomputed import loss_of
 from running import (
     ROOT,
     checkpoint,
@@ -34,7 +35,6 @@ from gpt2_ddp.checkpoint import faults
 from gpt2_ddp.compute import start_model
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.hellaswag import evaluate, read_examples
 from gpt2_ddp.pretrained import load_model
 from gpt2_ddp.resume import Resume
 
@@ -187,48 +187,10 @@ def test_a_finished_run_is_left_alone(tiny: Path, data_dir: Path, tmp_path: Path
     assert tree(out_dir) == before
 
 
-def loss_of(path: Path, data_dir: Path, sequences: int) -> float:
-    """The loss of a checkpoint over the first sequences of 16 tokens of the validation shard, from the definition."""
-    tokens = torch.frombuffer(bytearray((data_dir / "val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16).long()
-    windows = torch.stack([tokens[16 * number : 16 * number + 17] for number in range(sequences)])
-    with torch.no_grad():
-        log_likelihood = load_model(path).eval()(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])
-    return -float(log_likelihood.mean())
-
-
-def test_watching_changes_nothing(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
-    out_dir, examples = tmp_path / "run", tmp_path / "hellaswag.jsonl"
-    example = {"ctx_a": "A dog", "ctx_b": "", "ctx": "A dog", "activity_label": "Dogs", "ind": 1, "label": 1,
-               "endings": ["runs.", "flies away.", "reads.", "is a fish."], "split": "val"}  # fmt: skip
-    examples.write_text("\n".join(json.dumps(example | {"ind": number}) for number in range(3)) + "\n")
-    cadence = ["--val-every=3", "--val-tokens=160", "--sample-every=7", "--checkpoint-every=4", "--keep-checkpoints=1",
-               "--log-every=5", "--hellaswag-every=8", f"--hellaswag-data={examples}", "--tensorboard"]  # fmt: skip
-    done = train(out_dir, data_dir, *cadence, nproc=2)
-    assert final_hashes(out_dir) == final_hashes(clean_run(nproc=2))
-
-    clean = {entry["step"]: entry for entry in metrics(clean_run(nproc=2))}
-    assert column(out_dir, "step") == [5, 10, 15, 20]
-    assert all(e["loss"] == clean[e["step"]]["loss"] for e in metrics(out_dir))
-    happened = {event: [e["step"] for e in metrics(out_dir, event)] for event in ("val", "sample", "hellaswag")}
-    assert happened == {"val": [3, 6, 9, 12, 15, 18, 20], "sample": [7, 14, 20], "hellaswag": [8, 16, 20]}
-    assert [e["step"] for e in metrics(out_dir, "checkpoint")] == [4, 8, 12, 16, 20]
-    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step_00000020"]
-    losses = [e["val_loss"] for e in metrics(out_dir, "val")]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks
-    assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
-    scored = evaluate(
-        load_model(checkpoint(out_dir)), read_examples(examples), protocol="completion", context=DistContext()
-    )
-    last = metrics(out_dir, "hellaswag")[-1]
-    assert [last[name] for name in ("acc", "acc_norm", "examples")] == [scored.acc, scored.acc_norm, 3]
-    assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
-    assert "step 20 | sample: Language is" in done.stdout
-    assert list((out_dir / "tensorboard").iterdir())
-
-
 def test_validation_loss_is_what_the_checkpoint_has(tiny: Path, data_dir: Path, tmp_path: Path) -> None:
+    """No activation is dropped in it."""
     more = ["--seed=1", "--sequence-length=16", "--max-steps=1", "--val-every=1", "--val-tokens=10000"]
+    more += ["--dropout=0.5"]
     warm.train(tmp_path / "run", data_dir, *more)
     [val] = metrics(tmp_path / "run", "val")
     assert val["tokens"] == 43 * 16

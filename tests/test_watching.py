@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import signal
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from drivers import warm
+from hellaswag_examples import examples, write_examples
+from recomputed import loss_of
+from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
 from gpt2_ddp import events
+from gpt2_ddp.distributed import DistContext
+from gpt2_ddp.hellaswag import HellaSwagResult, evaluate, read_examples
 from gpt2_ddp.pretrained import load_model
 from gpt2_ddp.sampling import generate
 from gpt2_ddp.tokenizer import load_tokenizer
@@ -166,3 +172,59 @@ def test_what_the_device_still_computes_counts_as_steps(monkeypatch: pytest.Monk
             assert clock["now"] < clock["device is done"]
     assert timer.restart() == 8.0
     assert clock["now"] == 158.0
+
+
+def scored_alone(run: Path, file: Path, protocol: str) -> tuple[HellaSwagResult, int]:
+    """What one process gives for a run's last checkpoint, and how many tokens it reads for that."""
+    model, tokens = load_model(checkpoint(run)), list[int]()
+    model.wte.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    return evaluate(model, read_examples(file), protocol=protocol, context=DistContext()), sum(tokens)
+
+
+def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path, tmp_path: Path) -> None:
+    """They share the work, change nothing, and what is no training counts neither in `dt` nor in rates.
+
+    By the clock a training step of 128 tokens takes a second, and each thing that is done between steps a hundred.
+    """
+    out_dir, file = tmp_path / "run", write_examples(tmp_path / "hellaswag.jsonl", examples(12))
+    flags = [part for name, value in TWENTY_STEPS.items() for part in (f"--{name}", value)]
+    cadence = ["--val-every=3", "--val-tokens=160", "--sample-every=7", "--checkpoint-every=4", "--keep-checkpoints=1",
+               "--log-every=5", "--hellaswag-every=8", f"--hellaswag-data={file}", "--hellaswag-protocol=harness",
+               "--check-ranks-every=3", "--tensorboard"]  # fmt: skip
+    watchers = {"work_clock": {"step": 1.0, "beside": 100.0}, "known_peak": {"flops": 5e9},
+                "watch_shares": {"listing": str(tmp_path / "rank")}}  # fmt: skip
+    done = warm.train_ranks(2, out_dir, data_dir, *flags, *cadence, faults=watchers)
+    assert final_hashes(out_dir) == final_hashes(clean_run(nproc=2))
+
+    clean = {entry["step"]: entry for entry in metrics(clean_run(nproc=2))}
+    assert [entry["step"] for entry in metrics(out_dir)] == [5, 10, 15, 20]
+    assert all(e["loss"] == clean[e["step"]]["loss"] for e in metrics(out_dir))
+    happened = {event: [e["step"] for e in metrics(out_dir, event)] for event in ("val", "sample", "hellaswag")}
+    assert happened == {"val": [3, 6, 9, 12, 15, 18, 20], "sample": [7, 14, 20], "hellaswag": [8, 16, 20]}
+    assert [e["step"] for e in metrics(out_dir, "checkpoint")] == [4, 8, 12, 16, 20]
+    assert [path.name for path in (out_dir / "checkpoints").iterdir()] == ["step_00000020"]
+    assert [e["world_size"] for e in metrics(out_dir, "start")] == [2]
+    losses = [e["val_loss"] for e in metrics(out_dir, "val")]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks
+    assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
+    assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
+    assert "step 20 | sample: Language is" in done.stdout
+    assert list((out_dir / "tensorboard").iterdir())
+
+    scored, tokens = scored_alone(out_dir, file, "harness")
+    last = metrics(out_dir, "hellaswag")[-1]
+    told = (last["protocol"], last["acc"], last["acc_norm"], last["examples"])
+    assert told == (scored.protocol, scored.acc, scored.acc_norm, 12)
+    assert (scored.acc, scored.acc_norm) != tuple(vars(scored_alone(out_dir, file, "completion")[0])[name]
+                                                  for name in ("acc", "acc_norm"))  # fmt: skip
+    shares = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    assert [share["validate"] for share in shares] == [7 * 80, 7 * 80]
+    assert sum(share["score_hellaswag"] for share in shares) == 3 * tokens
+
+    flops = 6 * (2 * 12 * 64**2 + 50304 * 64) + 12 * 2 * 64 * 16  # a token: 6 a weight, and attention's two products
+    for entry in metrics(out_dir):
+        assert entry["step_ms"] == pytest.approx(1000, rel=1e-4)
+        assert entry["tokens_per_sec"] == pytest.approx(128, rel=1e-4)
+        assert entry["mfu"] == pytest.approx(128 * flops / (2 * 5e9), abs=1e-4)
+        assert entry["data_wait_ms"] < 1

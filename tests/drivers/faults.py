@@ -7,7 +7,6 @@ directory, so that the process that resumes is spared.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import signal
 import socket
@@ -20,8 +19,6 @@ from typing import Any
 
 import torch
 from drivers.disk import Disk
-from functorch.compile import nop
-from torch._dynamo.backends.common import aot_autograd
 
 from gpt2_ddp import build, checkpoint, events, optim, precision, saver, train
 from gpt2_ddp.build import Run
@@ -107,11 +104,14 @@ def hold_save(*, step: int) -> None:
     saver.write_checkpoint = write_checkpoint
 
 
-def kill(*, steps: Sequence[int], rank: int = 0) -> None:
-    """SIGKILL this process at the beginning of `steps`, once at each."""
+def kill(*, steps: Sequence[int], rank: int = 0, when_saved: bool = False) -> None:
+    """SIGKILL this process at the beginning of `steps`, once at each; with `when_saved` after the last save due."""
 
     def die(run: Run, batch: StepBatch) -> None:
         if batch.step in steps and rank == RANK and first_time(run.config.out_dir / f"killed{batch.step}"):
+            due = run.state.step // run.config.checkpoint_every * run.config.checkpoint_every
+            while when_saved and not (run.config.out_dir / "checkpoints" / checkpoint.step_name(due)).exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     before_step(die)
@@ -173,7 +173,7 @@ def leave_out(*, steps: Sequence[int], halve_scale: bool = False) -> None:
             return original(optimizer, scaler, **values)
         optimizer.zero_grad(set_to_none=True)
         if halve_scale:
-            scaler.update(scaler.get_scale() / 2)
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scaler.get_scale() / 2, "_growth_tracker": 0})
         return torch.zeros(()), torch.tensor(True)
 
     optim.apply_update = apply_update
@@ -198,11 +198,14 @@ def pass_over(*, after: int, by: int) -> None:
 
 
 def flip_bit(*, step: int, rank: int, tensor: str) -> None:
-    """Flip one bit of the last number of a parameter on one rank before `step`, high enough not to be rounded off."""
+    """Flip one bit of the last number of a parameter or a moment (`NAME.exp_avg`) on one rank before `step`, high
+    enough not to be rounded off.
+    """
 
     def flip(run: Run, batch: StepBatch) -> None:
         if batch.step == step and rank == RANK and first_time(run.config.out_dir / "flipped"):
-            dict(run.model.named_parameters())[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
+            tensors = dict(run.model.named_parameters()) | optim.optimizer_tensors(run.model, run.optimizer)
+            tensors[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
 
     before_step(flip)
 
@@ -268,16 +271,6 @@ def elsewhere(*, rank: int) -> None:
         socket.gethostname = lambda: "elsewhere"
 
 
-def broken_compiler(*, backward: bool, rank: int | None = None) -> None:
-    """The compiler fails, for the forward or only for the backward pass, on one rank or on all."""
-
-    def fail(*_: Any) -> Any:
-        raise RuntimeError("PassManager::run failed\nfor this architecture")
-
-    broken = aot_autograd(fw_compiler=nop, bw_compiler=fail) if backward else fail
-    torch.compile = functools.partial(torch.compile, backend=broken if rank in (None, RANK) else "eager")
-
-
 FAULTS = {
     fault.__name__: fault
     for fault in (
@@ -296,7 +289,6 @@ FAULTS = {
         fill_disk,
         other_data,
         elsewhere,
-        broken_compiler,
         matmuls,
     )
 }

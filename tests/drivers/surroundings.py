@@ -1,7 +1,10 @@
-"""What a training process finds around it: its terminal, its variables, its libraries' services."""
+"""What a training process finds around it, changed inside it: its terminal, its variables, its compiler, its libraries'
+services. `SURROUNDINGS` maps names to functions, as `FAULTS`.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -10,9 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
-from drivers.faults import before_step
+import torch
+from drivers.faults import RANK, before_step
+from functorch.compile import nop
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed import TCPStore
 
 from gpt2_ddp import boards, train
@@ -64,4 +71,22 @@ def send_to_wandb(*, step: int, number: int, listing: str) -> None:
     before_step(lambda _, batch: send() if batch.step == step else None)
 
 
-SURROUNDINGS = {each.__name__: each for each in (variables, encoding, ignored_hangup, unmet, send_to_wandb)}
+def broken_compiler(*, backward: bool, rank: int | None = None) -> None:
+    """The compiler fails, for the forward or only for the backward pass, on one rank or on all."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("PassManager::run failed\nfor this architecture")
+
+    broken = aot_autograd(fw_compiler=nop, bw_compiler=fail) if backward else fail
+    torch.compile = functools.partial(torch.compile, backend=broken if rank in (None, RANK) else "eager")
+
+
+def missing(*, module: str) -> None:
+    """A package is not installed."""
+    sys.modules[module] = None
+
+
+SURROUNDINGS = {
+    change.__name__: change
+    for change in (variables, encoding, ignored_hangup, unmet, send_to_wandb, broken_compiler, missing)
+}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from drivers.faults import before_step
+from drivers.faults import RANK, before_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ddp import events, train
@@ -78,4 +79,68 @@ def watch_clock(*, listing: str) -> None:
     before_step(lambda _, batch: step.__setitem__(0, batch.step))
 
 
-WATCHERS = {watcher.__name__: watcher for watcher in (watch_reads, watch_compiled, watch_clock)}
+def around(name: str, do: Callable[[Run, Callable[[], Any]], Any]) -> None:
+    """Let `do` call what the loop calls by `name`, such as `validate`."""
+    original = getattr(train, name)
+    setattr(train, name, lambda run, *args, **kwargs: do(run, lambda: original(run, *args, **kwargs)))
+
+
+def work_clock(*, step: float, beside: float) -> None:
+    """A clock that goes by work: `step` seconds for a training step, `beside` for each thing done between steps."""
+    now = [0.0]
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    def read() -> float:
+        spend(1e-7)  # else there would be rates without end
+        return now[0]
+
+    time.perf_counter = read
+    before_step(lambda *_: spend(step))
+    for name in ("validate", "score_hellaswag", "sample", "save", "require_equal_ranks"):
+        around(name, lambda _, work: (spend(beside), work())[1])
+
+
+def known_peak(*, flops: float) -> None:
+    """The device is one whose peak is known."""
+    events.peak_flops = lambda *_: flops
+
+
+def watch_shares(*, listing: str) -> None:
+    """List the tokens that this rank's model has read in validations and HellaSwag, at `listing` and the rank."""
+    tokens = {"validate": 0, "score_hellaswag": 0}
+
+    def watch(name: str) -> Callable[[Run, Callable[[], Any]], None]:
+        def count(_: torch.nn.Module, args: Any) -> None:
+            tokens[name] += args[0].numel()
+
+        def watched(run: Run, work: Callable[[], Any]) -> None:
+            hook = run.model.wte.register_forward_pre_hook(count)
+            work()
+            hook.remove()
+            Path(f"{listing}{RANK}").write_text(json.dumps(tokens))
+
+        return watched
+
+    for name in tokens:
+        around(name, watch(name))
+
+
+def watch_comparisons(*, listing: str) -> None:
+    """List the steps after which the ranks' weights are compared; the loop's own call, which needs no second rank."""
+    done = [0]
+    before_step(lambda run, _: done.append(run.state.step + 1))
+
+    def watched(_: Any, work: Callable[[], Any]) -> None:
+        with Path(listing).open("a") as file:
+            file.write(f"{done[-1]} ")
+        work()
+
+    around("require_equal_ranks", watched)
+
+
+WATCHERS = {
+    watcher.__name__: watcher
+    for watcher in (watch_reads, watch_compiled, watch_clock, work_clock, known_peak, watch_shares, watch_comparisons)
+}

@@ -1,0 +1,127 @@
+"""A run from its flags alone, by a few lines that share neither loop nor loader nor optimizer with the trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from drivers import warm
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt2_ddp.data import permute
+from gpt2_ddp.model import GPT, GPTConfig
+from gpt2_ddp.pretrained import load_model
+
+PLAIN = {
+    **warm.TINY,
+    "seed": "1337",
+    "min-lr": str(float(warm.TINY["max-lr"]) / 10),
+    "weight-decay": "0.1",
+    "beta1": "0.9",
+    "beta2": "0.95",
+    "grad-clip": "1",
+}
+"""The flags of a tiny run, and what the trainer takes for those that it is not given."""
+OTHERWISE = {
+    "seed": "5",
+    "sequence-length": "16",
+    "micro-batch-size": "1",
+    "total-batch-size": "96",
+    "max-steps": "5",
+    "warmup-steps": "2",
+    "max-lr": "5e-3",
+    "min-lr": "2e-3",
+    "weight-decay": "3",
+    "beta1": "0.7",
+    "beta2": "0.8",
+    "grad-clip": "0.25",
+}
+"""No flag of the arithmetic at its default: six micro-steps of one sequence, and every gradient is clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recomputed:
+    """What a run must tell in each step, and what it must hold at its end, float32 by the parameters' names."""
+
+    lines: list[dict[str, object]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+
+def token_windows(folder: Path, split: str, length: int) -> list[list[int]]:
+    """All windows of a split, read from the bytes of its files."""
+    found = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        tokens = np.fromfile(path, "<u2")[512:].tolist()
+        found += [tokens[start : start + length + 1] for start in range(0, len(tokens) - length, length)]
+    return found
+
+
+def step_windows(step: int, *, per_step: int, n: int, seed: int) -> list[int]:
+    """The numbers of the windows that a step consumes, one after the other (design section 5)."""
+    sequences = range((step - 1) * per_step, step * per_step)
+    return [int(permute(np.array([s % n]), n=n, seed=seed, epoch=s // n)[0]) for s in sequences]
+
+
+def learning_rate(step: int, flags: Mapping[str, str]) -> float:
+    """Linear to --max-lr, then half a cosine to --min-lr."""
+    last, warmup, high, low = (float(flags[name]) for name in ("max-steps", "warmup-steps", "max-lr", "min-lr"))
+    if step <= warmup:
+        return high * step / warmup
+    return low + (high - low) * (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2
+
+
+def recompute(config: GPTConfig, flags: Mapping[str, str], data_dir: Path) -> Recomputed:
+    """In float64: each step in one pass over all its sequences, PyTorch's loss and PyTorch's own AdamW."""
+    length, total, seed = (int(flags[name]) for name in ("sequence-length", "total-batch-size", "seed"))
+    windows = token_windows(data_dir, "train", length)
+    model = GPT(config).init_weights(seed).double()
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": float(flags["weight-decay"])}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(float(flags["beta1"]), float(flags["beta2"])),
+        eps=1e-8,
+    )
+    found, chain = Recomputed(), ""
+    for step in range(1, int(flags["max-steps"]) + 1):
+        chosen = step_windows(step, per_step=total // length, n=len(windows), seed=seed)
+        chain = hashlib.sha256(chain.encode() + np.array(chosen, "<i8").tobytes()).hexdigest()
+        batch = torch.tensor([windows[number] for number in chosen])
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
+        for gradient in gradients:
+            gradient *= min(1.0, float(flags["grad-clip"]) / norm)
+        rate = learning_rate(step, flags)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        told = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm}
+        found.lines.append({**told, "tokens_seen": step * total, "data_hash": chain, "skipped": 0})
+    for name, parameter in model.named_parameters():
+        found.weights[name] = parameter.detach().float()
+        found.moments.update({f"{name}.{key}": value.float() for key, value in optimizer.state[parameter].items()})
+    return found
+
+
+def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Each tensor, by the norm of what differs: most agree to 1e-5, a key's bias (a gradient of rounding) to 1e-4."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert float((found[name] - tensor).norm()) <= 3e-4 * float(tensor.norm()), name
+
+
+def loss_of(path: Path, data_dir: Path, sequences: int) -> float:
+    """The loss of a checkpoint over the first sequences of 16 tokens of the validation shard, from the definition."""
+    windows = torch.tensor(token_windows(data_dir, "val", 16)[:sequences])
+    with torch.no_grad():
+        log_likelihood = load_model(path).eval()(windows[:, :-1]).log_softmax(-1).gather(-1, windows[:, 1:, None])
+    return -float(log_likelihood.mean())
