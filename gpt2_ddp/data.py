@@ -224,9 +224,8 @@ class TrainData:
     def load(self, step: int) -> StepBatch:
         """This rank's batch of `step`, read now."""
         windows = self.step_windows(step)
-        tokens = self.windows.read(windows[self.plan.rank_sequences(self.rank)])
-        if self.pin_memory:
-            tokens = tokens.pin_memory()
+        read = self.windows.read(windows[self.plan.rank_sequences(self.rank)])
+        tokens = read.pin_memory() if self.pin_memory else read
         shape = (self.plan.grad_accum_steps, self.plan.micro_batch_size, self.plan.sequence_length + 1)
         return StepBatch(step=step, windows=windows, tokens=tokens.view(shape))
 
