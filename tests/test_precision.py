@@ -93,9 +93,10 @@ def test_passes_that_something_else_interrupts_do_not_decide(monkeypatch: pytest
     here, linear, passes = found_hardware(CPU), torch.nn.functional.linear, itertools.count()
 
     def interrupted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.002 if x.dtype == torch.bfloat16 else 0.0)  # so that the format is known
-        if next(passes) < 8 and x.dtype == torch.float32:
-            time.sleep(0.05)
+        if x.dtype == torch.bfloat16:
+            time.sleep(0.03)  # so that the slower format is known
+        elif next(passes) < 4:
+            time.sleep(0.1)
         return linear(x, weight)
 
     monkeypatch.setattr("torch.nn.functional.linear", interrupted)
