@@ -13,6 +13,7 @@ import torch
 from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import ValidationData, Windows
+from gpt2_ddp.kernels import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.memory import USABLE
 from gpt2_ddp.model import GPTConfig
 from gpt2_ddp.shards import find_shards
@@ -20,8 +21,6 @@ from gpt2_ddp.validation import validation_loss
 
 BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens in a micro-batch past which a device is expected to work no faster."""
-LOGIT_ROWS = {"cpu": 512, "cuda": 8192}
-"""Positions whose logits `kernels.head_loss` has at a time, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ def forward_memory(config: GPTConfig, tokens: int, *, dtype: torch.dtype, device
     """
     width, mixed = dtype.itemsize, dtype != torch.float32
     matrices = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
-    rows = min(tokens, LOGIT_ROWS.get(device_type, LOGIT_ROWS["cpu"]))
+    rows = min(tokens, head_rows_for(device_type, LARGE_MEMORY))
     block = tokens * config.n_embd * (2 * 4 + (4 + 4 + 1) * width)
     head = tokens * config.n_embd * (2 * 4 + width) + rows * config.vocab_size * (2 * 4 + width * mixed)
     return width * matrices * mixed + max(block, head)

@@ -254,7 +254,8 @@ class _TensorFile(Mapping[str, Tensor]):
         self._path = path
         with self._refusing():
             self._file = cast(Any, safetensors.safe_open(path, framework="pt"))
-            self._names = dict.fromkeys(self._file.keys())
+            in_order = getattr(self._file, "offset_keys", self._file.keys)  # older safetensors know only sorted names
+            self._names = dict.fromkeys(in_order())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

@@ -107,9 +107,9 @@ def test_a_state_that_tells_no_length_is_one_error(tmp_path: Path, length: objec
         choose_length(7, tmp_path, BLOCK)
 
 
-@pytest.mark.parametrize(("vocab_size", "at_least"), [(512, 0.95), (4096, 0.5)], ids=["a block", "the head"])
+@pytest.mark.parametrize(("vocab_size", "at_least"), [(512, 0.95), (4096, 0.85)], ids=["a block", "the head"])
 def test_a_forward_pass_holds_what_is_reckoned(vocab_size: int, at_least: float) -> None:
-    """Of the tensors that live at once beside the weights, counted on a CPU; the head has had less than is reckoned."""
+    """Of the tensors that live at once beside the weights, counted on a CPU."""
     config = GPTConfig(block_size=256, vocab_size=vocab_size, n_layer=2, n_head=4, n_embd=128)
     model, ids = GPT(config).init_weights(0), torch.zeros(8, 256, dtype=torch.int64)
     weights = sum(parameter.nbytes for parameter in model.parameters())
