@@ -105,7 +105,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         ValueError: for the user's mistakes, with the same outcome on every rank.
     """
     hardware = found_hardware(context.device)
-    dtype, warning = choose_dtype(config.dtype, hardware)
+    dtype, note = choose_dtype(config.dtype, hardware)
     precision = Precision.of(dtype, context.device)
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
@@ -114,8 +114,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
-    context.from_main(lambda: hold_directory(config.out_dir, held))
-    found = context.from_main(lambda: find_start(config, sources.fingerprint))
+    found = context.from_main(lambda: find_start(config, sources.fingerprint, held))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
@@ -124,8 +123,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    told += [warning] if warning else []
-    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *told]))
+    log = context.together(lambda: open_log(config, context, state.step, [*found.said, *told, *filter(None, [note])]))
     return Run(
         config=config,
         context=context,
@@ -169,12 +167,13 @@ def settle_validation(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
 
 
-def find_start(config: TrainConfig, data_fingerprint: str) -> resume.Resume:
-    """What the run goes on from; where one begins anew, its disk is large enough for it.
+def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> resume.Resume:
+    """What the run goes on from, its directory held; where it begins anew, the disk is large enough for it.
 
     Raises:
-        ValueError: as `resume.find_resume` and `require_room`.
+        ValueError: as `hold_directory`, `resume.find_resume` and `require_room`.
     """
+    hold_directory(config.out_dir, held)
     found = resume.find_resume(config, data_fingerprint)
     if found.path is None:
         require_room(config)
