@@ -106,10 +106,8 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     config = settle_micro_batch(config, context, precision, hardware)
     config, told = context.from_main(lambda: settle_validation(config))
     plan = context.together(lambda: plan_batches(config, context.world_size))
-    sources = context.together(lambda: open_sources(config, plan))
-    require_same_data(context, sources.fingerprint)
-    context.from_main(lambda: hold_directory(config.out_dir, held))
-    found = context.from_main(lambda: find_start(config, sources.fingerprint))
+    sources = share_sources(config, context, plan)
+    found = context.from_main(lambda: find_start(config, sources.fingerprint, held))
     boards = context.together(lambda: open_boards(config, context, found.state.get("step", 0)))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
@@ -119,8 +117,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    told += said_of_dtype
-    log = context.together(lambda: open_log(config, context, state.step, boards, [*found.said, *told]))
+    log = context.together(lambda: open_log(config, context, state.step, boards, [*found.said, *told, *said_of_dtype]))
     return Run(
         config=config,
         context=context,
@@ -182,12 +179,13 @@ def settle_validation(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
 
 
-def find_start(config: TrainConfig, data_fingerprint: str) -> resume.Resume:
-    """What the run goes on from; where one begins anew, its disk is large enough for it.
+def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> resume.Resume:
+    """What the run goes on from, its directory held; where it begins anew, the disk is large enough for it.
 
     Raises:
-        ValueError: as `resume.find_resume` and `require_room`.
+        ValueError: as `hold_directory`, `resume.find_resume` and `require_room`.
     """
+    hold_directory(config.out_dir, held)
     found = resume.find_resume(config, data_fingerprint)
     if found.path is None:
         require_room(config)
@@ -217,6 +215,17 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
         total_batch_size=config.total_batch_size,
         world_size=world_size,
     )
+
+
+def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan) -> Sources:
+    """The data of the run, the same on every rank; collective.
+
+    Raises:
+        ValueError: for what is missing, broken, too little, or another one on some rank.
+    """
+    sources = context.together(lambda: open_sources(config, plan))
+    require_same_data(context, sources.fingerprint)
+    return sources
 
 
 def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
