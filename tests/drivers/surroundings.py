@@ -57,7 +57,7 @@ def unmet(*, mark: str) -> None:
 
 
 def send_to_wandb(*, step: int, number: int, listing: str) -> None:
-    """A signal to wandb's own processes, listed, before `step`; the board gets a second at the end."""
+    """A signal to wandb's own processes, listed, before `step`; at the end the board gets a second, not thirty."""
     boards.CLOSING_SECONDS = 1.0
 
     def send() -> None:
