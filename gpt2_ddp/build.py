@@ -91,9 +91,7 @@ class Run:
 
 
 def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held: ExitStack) -> Run:
-    """Check everything that a user can have got wrong, then build the run; collective over the ranks.
-
-    The run directory and what DDP made are held for this run until `held` is closed.
+    """Check what a user can have got wrong, then build the run, whose directory and DDP `held` lets go; collective.
 
     Raises:
         ValueError: for the user's mistakes, with the same outcome on every rank.

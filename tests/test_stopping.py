@@ -181,7 +181,7 @@ def test_what_waits_for_other_ranks_ends_at_a_signal(data_dir: Path, tmp_path: P
     trainer.send(signal.SIGTERM)
     done = trainer.wait()
     assert done.returncode == 75
-    assert done.stderr == "stopped by SIGTERM before the first step: there is nothing to save\n"
+    assert done.stderr.endswith("stopped by SIGTERM before the first step: there is nothing to save\n")
 
 
 def test_a_rank_that_waits_for_a_dead_one_leaves_before_it_is_killed(data_dir: Path, tmp_path: Path) -> None:
