@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import pytest
 from running import metrics, python, run
 
 from eval.plot import Plot, draw, read_history, run_names
+from eval.run_state import died
 
 TITLES = ["Training loss", "Validation loss", "HellaSwag", "Learning rate", "Gradient norm", "Speed"]
 
@@ -159,3 +164,19 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
     done = run([sys.executable, "-c", script, "plot", str(folder), "--out", str(tmp_path / "x.png")])
     assert done.returncode == 2
     assert done.stderr == "error: plots need matplotlib: pip install -e '.[plot]' in the checkout\n"
+
+
+def test_a_run_whose_process_has_died_is_told(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() + 1))
+    told = {"state": "running", "step": 0, "host": socket.gethostname(), "pid": process.pid, "time": now}
+    (tmp_path / "status.json").write_text(json.dumps(told))
+    assert died(tmp_path) is None
+    process.communicate()
+    assert "its process has died" in str(died(tmp_path))
+    for other in ({"host": "elsewhere"}, {"state": "stopped"}, {"pid": None}):
+        (tmp_path / "status.json").write_text(json.dumps(told | other))
+        assert died(tmp_path) is None
+    (tmp_path / "status.json").write_text(json.dumps(told | {"pid": os.getpid(), "time": "2000-01-01T00:00:00+0000"}))
+    assert died(tmp_path) is not None  # the number is another process's now
+    assert died(tmp_path / "absent") is None
