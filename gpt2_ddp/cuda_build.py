@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"))
-OLD_CARDS = "PyTorch for CUDA 12.6"
+OLD_CARDS = "install PyTorch's build for CUDA 12.6 (pytorch.org, Get Started)"
 """The build for cards before Turing (compute capability 7.5), which those for CUDA 12.8 and 13 leave out from PyTorch
 2.11 on (its RELEASE.md, CUDA support matrix; pytorch issue 172352). Address: pytorch.org/get-started/previous-versions.
 """

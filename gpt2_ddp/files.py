@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -168,6 +167,8 @@ def sole_use(directory: Path, refusal: str, *, patience: float = 0.0) -> Iterato
 
 
 def _locked(descriptor: int) -> bool:
+    import fcntl  # not on Windows, which is refused in a line of its own
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

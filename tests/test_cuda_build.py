@@ -40,8 +40,8 @@ def test_what_a_card_can_run(architecture: str, runs: list[tuple[int, int]], doe
 @pytest.mark.parametrize(
     ("name", "capability", "built_for", "mend"),
     [
-        ("Tesla V100-SXM2-16GB", (7, 0), CUDA_13, "whl/cu126, or use --device cpu"),
-        ("Tesla P100-PCIE-16GB", (6, 0), CUDA_13, "whl/cu126, or use --device cpu"),
+        ("Tesla V100-SXM2-16GB", (7, 0), CUDA_13, "for CUDA 12.6 (pytorch.org, Get Started), or use --device cpu"),
+        ("Tesla P100-PCIE-16GB", (6, 0), CUDA_13, "for CUDA 12.6 (pytorch.org, Get Started), or use --device cpu"),
         ("NVIDIA B200", (10, 0), CUDA_126, "install a newer PyTorch, or use --device cpu"),
         ("Tesla T4", (7, 5), CUDA_13, None),
         ("NVIDIA L4", (8, 9), CUDA_13, None),
