@@ -102,7 +102,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
     config = settle_micro_batch(config, context, precision, hardware)
-    config, told = context.from_main(lambda: settle_validation(config))
+    config, told = settle_validation(config, context)
     plan = context.together(lambda: plan_batches(config, context.world_size))
     sources = share_sources(config, context, plan)
     found = context.from_main(lambda: find_start(config, sources.fingerprint, held))
@@ -147,9 +147,9 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
     """
     began = context.from_main(lambda: resume.saved_dtype(config, hardware.device_type))
     said = []
-    if config.dtype != "auto":
-        said.append(f"dtype: {config.dtype} by --dtype" + (f"; the run had {began}" if began else ""))
-    elif began:
+    if config.dtype != "auto" and began not in (None, config.dtype):
+        said.append(f"dtype: {config.dtype} by --dtype; the run had {began}")
+    elif config.dtype == "auto" and began:
         said.append(f"dtype: {began}, as at the start before; --dtype changes it")
     requested = began if began and config.dtype == "auto" else config.dtype
     width = model_config(config.model).n_embd
@@ -169,9 +169,9 @@ def hold_directory(out_dir: Path, held: ExitStack) -> None:
     held.enter_context(sole_use(out_dir, refusal, patience=ENDING_SECONDS))
 
 
-def settle_validation(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Without validation where the data were prepared so, and `--val-every` is the default."""
-    manifest = read_manifest(config.data_dir)
+def settle_validation(config: TrainConfig, context: DistContext) -> tuple[TrainConfig, list[str]]:
+    """Without validation where rank 0's data were prepared so, and `--val-every` is the default; collective."""
+    manifest = context.from_main(lambda: read_manifest(config.data_dir))
     if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
         return config, []
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]

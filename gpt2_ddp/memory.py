@@ -146,7 +146,7 @@ class Card:
 
 
 CARDS = tuple(
-    Card(hardware=Hardware(device_type="cuda", name=f"{name} {size} GB", capability=capability), memory=size * 10**9)
+    Card(hardware=Hardware(device_type="cuda", name=f"{name} {size}GB", capability=capability), memory=size * 10**9)
     for name, size, capability in (("T4", 16, (7, 5)), ("A100", 40, (8, 0)), ("A100", 80, (8, 0)), ("H100", 80, (9, 0)))
 )
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

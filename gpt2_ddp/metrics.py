@@ -58,8 +58,11 @@ class RunLog(Protocol):
     def train(self, metrics: StepMetrics) -> None:
         """A training step: console and metrics.jsonl."""
 
-    def status(self, state: str, *, step: int, **values: Any) -> None:
-        """Replace status.json, which also names the process: so others see whether a run that goes on has died."""
+    def status(self, state: str, *, step: int, again: bool = True, **values: Any) -> None:
+        """Replace status.json, which also names the process: so others see whether a run that goes on has died.
+
+        With `again` off it is left as it is where it tells this state.
+        """
 
     def cut(self, last_step: int) -> None:
         """Forget the events after `last_step`."""
@@ -121,8 +124,10 @@ class FileLog:
         values = asdict(metrics)
         self.event("train", step=values.pop("step"), **values)
 
-    def status(self, state: str, *, step: int, **values: Any) -> None:
+    def status(self, state: str, *, step: int, again: bool = True, **values: Any) -> None:
         file = self.out_dir / "status.json"
+        if not again and file.exists() and f'"state": "{state}"' in file.read_text(errors="replace"):
+            return
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
         try:

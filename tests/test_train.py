@@ -56,7 +56,7 @@ def assert_same_run(found: Path, clean: Path) -> None:
     assert column(found, "step") == list(range(1, 21))
     for name in ("data_hash", "loss", "grad_norm", "lr", "tokens_seen"):
         assert column(found, name) == column(clean, name), name
-    assert status(found) == {"state": "finished", "step": 20}
+    assert (status(found)["state"], status(found)["step"]) == ("finished", 20)
 
 
 @pytest.mark.parametrize(

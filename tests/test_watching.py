@@ -178,7 +178,8 @@ def scored_alone(run: Path, file: Path, protocol: str) -> tuple[HellaSwagResult,
     """What one process gives for a run's last checkpoint, and how many tokens it reads for that."""
     model, tokens = load_model(checkpoint(run)), list[int]()
     model.wte.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
-    return evaluate(model, read_examples(file), protocol=protocol, context=DistContext()), sum(tokens)
+    found = evaluate(model, read_examples(file), protocol=protocol, context=DistContext(), sequence_length=16)
+    return found, sum(tokens)
 
 
 def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path, tmp_path: Path) -> None:

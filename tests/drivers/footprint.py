@@ -15,7 +15,7 @@ from gpt2_ddp.compilation import CompiledGPT
 from gpt2_ddp.distributed import grad_sync
 from gpt2_ddp.memory import training_memory
 from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.optim import apply_update, make_optimizer
+from gpt2_ddp.optim import apply_update, make_optimizer, zero_gradients
 from gpt2_ddp.precision import Precision
 
 CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=4096)
@@ -39,6 +39,11 @@ def train(
     train_model: nn.Module = CompiledGPT(model) if compiled else model
     if ddp:
         train_model = DistributedDataParallel(train_model, gradient_as_bucket_view=True)
+        for _ in range(2):  # as `compute.trainable` does
+            model.zero_grad(set_to_none=True)
+            with precision.autocast():
+                train_model(ids, ids).backward()
+        zero_gradients(model.parameters(), in_place=True)
     for _ in range(2):
         for last in (False, True):
             with grad_sync(train_model, sync=last), precision.autocast():
