@@ -58,10 +58,10 @@ class RunLog(Protocol):
     def train(self, metrics: StepMetrics) -> None:
         """A training step: console and metrics.jsonl."""
 
-    def status(self, state: str, *, step: int, again: bool = True, **values: Any) -> None:
+    def status(self, state: str, *, step: int, **values: Any) -> None:
         """Replace status.json, which also names the process: so others see whether a run that goes on has died.
 
-        With `again` off it is left as it is where it tells this state.
+        One that tells of the end of this very step is left as it is.
         """
 
     def cut(self, last_step: int) -> None:
@@ -124,9 +124,9 @@ class FileLog:
         values = asdict(metrics)
         self.event("train", step=values.pop("step"), **values)
 
-    def status(self, state: str, *, step: int, again: bool = True, **values: Any) -> None:
+    def status(self, state: str, *, step: int, **values: Any) -> None:
         file = self.out_dir / "status.json"
-        if not again and file.exists() and f'"state": "{state}"' in file.read_text(errors="replace"):
+        if state == "finished" and _tells(file, state, step):
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
@@ -176,3 +176,12 @@ def memory_mb(peak_bytes: int | None) -> float:
 def warn(text: str) -> None:
     """A warning to the person who watches, on stderr."""
     tell(f"warning: {text}")
+
+
+def _tells(file: Path, state: str, step: int) -> bool:
+    """Whether a status.json tells this state at this step."""
+    try:
+        told = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and (told.get("state"), told.get("step")) == (state, step)

@@ -156,7 +156,7 @@ def run_training(config: TrainConfig) -> int:
                 run.log.say(
                     f"{config.out_dir} is already at step {run.state.step} of {config.max_steps}: nothing to do"
                 )
-                run.log.status("finished", step=run.state.step, again=False)
+                run.log.status("finished", step=run.state.step)
                 return 0
             context.together(lambda: note_start(run))
             run.log.event("start", step=run.state.step, world_size=context.world_size, dtype=str(run.precision.dtype))

@@ -37,9 +37,10 @@ def train(
     model.activation_checkpointing = checkpointing
     optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
     train_model: nn.Module = CompiledGPT(model) if compiled else model
-    if ddp:
+    if ddp:  # as `compute.trainable` does: compiled before, since DDP would have graphs cut where its buckets end
+        train_model(ids, ids).backward()
         train_model = DistributedDataParallel(train_model, gradient_as_bucket_view=True)
-        for _ in range(2):  # as `compute.trainable` does
+        for _ in range(2):
             model.zero_grad(set_to_none=True)
             with precision.autocast():
                 train_model(ids, ids).backward()
