@@ -72,7 +72,7 @@ class Bench:
             "model": "gpt2-mini",
             "sequence_length": 256,
             "micro_batch_size": 1,
-            "total_batch_size": 8192,
+            "total_batch_size": 4096,
         }
         if not self.auto:
             usual = {"model": "gpt2", "sequence_length": 1024, "micro_batch_size": 4, "total_batch_size": 32768}
