@@ -64,11 +64,11 @@ MEASURED_SECONDS, MEASURED_ROUNDS = 0.04, 5
 """Both formats are measured in turn until so much time and so many rounds are over: where the machine is busy, a single
 pass may take a hundred times as long as the next."""
 
-COMPILE_FLOPS = 2e14
-"""Floating-point operations of a run from which it is compiled on a CPU: about twenty minutes on two cores of an AMD
-EPYC with AVX2. There compiling the blocks of `gpt2-mini` took 31 s of a core and made the passes forward and backward
-1.04 times as fast in float32, which is earned back after 13 minutes. Not known elsewhere: where bfloat16 is fast,
-compiling gains more and a shorter run would earn it; where many cores do so much work in two minutes, a longer one."""
+COMPILE_FLOPS = 4e13
+"""Floating-point operations of a run from which it is compiled on a CPU: about six minutes on two cores of an AMD EPYC
+with AVX2, where two runs of `bench --auto` saw `gpt2-mini` begin 20 s later (7 s once the kernels were on the disk) and
+train 1.11 and 1.02 times as fast in float32. Not known elsewhere: where bfloat16 is fast, compiling gains more and a
+shorter run would earn it; where many cores do so much work in seconds, a longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
