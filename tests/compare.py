@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import golden
-from golden import ROOT
-from running import environment, metrics, write_shards
+from running import ROOT, environment, metrics, write_shards
 
 
 def checked_out(commit: str, folder: Path) -> Path:

@@ -15,11 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import torch
-from running import checkpoint, environment, metrics, sha256
+from running import ROOT, checkpoint, environment, metrics, sha256
 
 FOLDER = ROOT / "tests" / "golden"
 DATA = FOLDER / "data"
