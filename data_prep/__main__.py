@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
-from gpt2_ddp.cli import parse, run
+from gpt2_ddp.system.cli import parse, run
 
 from .commands import Demo, FinewebEdu, HellaSwag, Hub, Shakespeare, Text
 

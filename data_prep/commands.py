@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from tyro.conf import Positional
 
-from gpt2_ddp.files import replace_file, require_writable
+from gpt2_ddp.system.files import replace_file, require_writable
 
 from .files import KINDS, PACKED, Files
 from .output import require_place

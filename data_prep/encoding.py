@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from gpt2_ddp.shards import Tokens
-from gpt2_ddp.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.shards import Tokens
+from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 17
 DOCUMENT, CUT = "\ufdd0", "\ufdd1"

@@ -14,8 +14,8 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-from gpt2_ddp.cli import user_error
-from gpt2_ddp.files import replace_file
+from gpt2_ddp.system.cli import user_error
+from gpt2_ddp.system.files import replace_file
 
 from .formats import require_text
 from .sources import DatasetRows, DatasetStream, Source

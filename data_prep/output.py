@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_ddp.files import flush, flush_directory, rename, require_writable, sole_use
-from gpt2_ddp.shards import (
+from gpt2_ddp.data.shards import (
     HEADER_BYTES,
     MANIFEST,
     PART,
@@ -29,6 +28,7 @@ from gpt2_ddp.shards import (
     shard_name,
     write_manifest,
 )
+from gpt2_ddp.system.files import flush, flush_directory, rename, require_writable, sole_use
 
 from .encoding import EncodedChunk
 from .split import ValidationSplit, whole_documents

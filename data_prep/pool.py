@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from gpt2_ddp.cli import user_error
-from gpt2_ddp.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.system.cli import user_error
 
 from .encoding import EncodedChunk, Encoder
 from .sources import Source

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from gpt2_ddp.shards import Manifest, Split, read_manifest
+from gpt2_ddp.data.shards import Manifest, Split, read_manifest
 
 from .output import ShardWriter, begin, locked, validation_documents
 from .pool import encoded_chunks

@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 
-from gpt2_ddp.shards import Tokens
-from gpt2_ddp.tokenizer import EOT
+from gpt2_ddp.data.shards import Tokens
+from gpt2_ddp.data.tokenizer import EOT
 
 from .encoding import document_digest
 

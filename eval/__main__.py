@@ -10,7 +10,7 @@ from eval.hellaswag import HellaSwag
 from eval.plot import Plot
 from eval.sample import Sample
 from eval.val_loss import ValLoss
-from gpt2_ddp.cli import parse, run
+from gpt2_ddp.system.cli import parse, run
 
 Command = (
     Annotated[HellaSwag, tyro.conf.subcommand("hellaswag")]

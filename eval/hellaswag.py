@@ -9,7 +9,7 @@ from typing import Literal
 from eval.model_choice import ModelChoice, open_model
 from eval.published import published_for
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.hellaswag import HellaSwagResult, evaluate, read_examples
+from gpt2_ddp.evaluation.hellaswag import HellaSwagResult, evaluate, read_examples
 
 
 @dataclass(frozen=True, kw_only=True)

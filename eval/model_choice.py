@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from eval.run_state import died
-from gpt2_ddp.allocator import keep_freed_memory
-from gpt2_ddp.checkpoint import read_json
-from gpt2_ddp.cli import tell
-from gpt2_ddp.distributed import DistContext, open_context
-from gpt2_ddp.files import replace_file, require_writable
-from gpt2_ddp.metrics import warn
-from gpt2_ddp.model import GPT
-from gpt2_ddp.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
-from gpt2_ddp.pretrained import find_model, load_model
+from gpt2_ddp.checkpoint.files import read_json
+from gpt2_ddp.distributed.context import DistContext, open_context
+from gpt2_ddp.metrics.log import warn
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.model.huggingface import find_model, load_model
+from gpt2_ddp.system.allocator import keep_freed_memory
+from gpt2_ddp.system.cli import tell
+from gpt2_ddp.system.files import replace_file, require_writable
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import tyro
 
 from eval.published import CHANCE, published_for
 from eval.run_state import died
-from gpt2_ddp.cli import tell
-from gpt2_ddp.hellaswag import PROTOCOLS
+from gpt2_ddp.evaluation.hellaswag import PROTOCOLS
+from gpt2_ddp.system.cli import tell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eval.model_choice import ModelChoice, open_model
-from gpt2_ddp.sampling import generate
-from gpt2_ddp.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.evaluation.sampling import generate
 
 
 @dataclass(frozen=True, kw_only=True)

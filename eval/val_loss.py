@@ -12,12 +12,12 @@ import torch
 
 from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import ValidationData, Windows
-from gpt2_ddp.kernels import LARGE_MEMORY, head_rows_for
-from gpt2_ddp.memory import USABLE
-from gpt2_ddp.model import GPTConfig
-from gpt2_ddp.shards import find_shards
-from gpt2_ddp.validation import validation_loss
+from gpt2_ddp.data.loader import ValidationData, Windows
+from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.evaluation.validation import validation_loss
+from gpt2_ddp.model.gpt import GPTConfig
+from gpt2_ddp.model.kernels import LARGE_MEMORY, head_rows_for
+from gpt2_ddp.model.memory import USABLE
 
 BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens in a micro-batch past which a device is expected to work no faster."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt2_ddp.model import SIZES, model_config
+from gpt2_ddp.model.gpt import SIZES, model_config
 
 FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size")
 """What must not change within a run, beside the data itself."""

@@ -14,13 +14,17 @@ from dataclasses import astuple
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gpt2_ddp import cli, optim, resume
-from gpt2_ddp.build import Run, build_run
-from gpt2_ddp.checkpoint import step_name
+from gpt2_ddp.build import build_run
+from gpt2_ddp.checkpoint import resume
+from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import StepBatch, chained_hash
-from gpt2_ddp.distributed import open_context
-from gpt2_ddp.events import (
+from gpt2_ddp.data.loader import StepBatch, chained_hash
+from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.drift import require_equal_ranks
+from gpt2_ddp.distributed.stopping import StopRequest
+from gpt2_ddp.distributed.watchdog import leaving_with_torchrun
+from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.periodic import (
     StepResult,
     StepTimer,
     is_time,
@@ -32,9 +36,8 @@ from gpt2_ddp.events import (
     score_hellaswag,
     validate,
 )
-from gpt2_ddp.guard import require_equal_ranks
-from gpt2_ddp.stopping import StopRequest
-from gpt2_ddp.watchdog import leaving_with_torchrun
+from gpt2_ddp.run import Run
+from gpt2_ddp.system import cli
 
 
 def train(run: Run) -> str:

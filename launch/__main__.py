@@ -63,7 +63,7 @@ def summary(found: Found, planned: LaunchPlan) -> str:
 def require_posix(platform: str) -> None:
     """
     Raises:
-        ValueError: on Windows, as `gpt2_ddp.cli.require_posix`.
+        ValueError: on Windows, as `gpt2_ddp.system.cli.require_posix`.
     """
     if platform == "win32":
         raise ValueError("Windows itself has no SIGHUP and no process groups: run this in WSL (wsl --install)")

@@ -85,7 +85,8 @@ def parse_gpus(probed: Mapping[str, list[dict[str, object]]]) -> tuple[Gpu, ...]
 
 def find_unused_gpu(environment: Mapping[str, str], reason: str) -> str:
     """Why PyTorch, which gave `reason`, finds no GPU although an NVIDIA driver is here; empty where there is none, or
-    where the user hid the GPUs. As `gpt2_ddp.cuda_build.why_unused`: the launcher starts any module and imports none.
+    where the user hid the GPUs. As `gpt2_ddp.system.cuda_build.why_unused`: the launcher starts any module, and imports
+    none of them.
     """
     traces = [str(file) for file in DRIVER_FILES if file.exists()]
     traces += ["nvidia-smi"] * (shutil.which("nvidia-smi", path=environment.get("PATH")) is not None)
@@ -144,7 +145,7 @@ def find_cpu_quota(root: Path = CONTROL_GROUPS, membership: str | None = None) -
 def find_tcmalloc() -> str:
     """The name by which Linux's linker knows gperftools' tcmalloc; empty where it is not installed.
 
-    As `gpt2_ddp.allocator.find_tcmalloc`: the launcher starts any module and imports none of them.
+    As `gpt2_ddp.system.allocator.find_tcmalloc`: the launcher starts any module and imports none of them.
     """
     if sys.platform != "linux":
         return ""

@@ -140,7 +140,7 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     if flags.cpu and (found.gpus or found.unused_gpu):
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if found.tcmalloc and not gpus and not found.ld_preload:
-        environment["LD_PRELOAD"] = found.tcmalloc  # why: gpt2_ddp/allocator.py
+        environment["LD_PRELOAD"] = found.tcmalloc  # why: gpt2_ddp/system/allocator.py
     if affinity:
         environment[AFFINITY_VARIABLE] = ";".join(",".join(map(str, cpus)) for cpus in affinity)
     return LaunchPlan(

@@ -28,11 +28,11 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from running import environment  # noqa: E402
 
-from gpt2_ddp import cli  # noqa: E402
 from gpt2_ddp.build import open_sources, plan_batches  # noqa: E402
 from gpt2_ddp.config import TrainConfig  # noqa: E402
-from gpt2_ddp.data import TrainData  # noqa: E402
-from gpt2_ddp.shards import header  # noqa: E402
+from gpt2_ddp.data.loader import TrainData  # noqa: E402
+from gpt2_ddp.data.shards import header  # noqa: E402
+from gpt2_ddp.system import cli  # noqa: E402
 
 SETS = {"1 million tokens in 1 shard": (1, 1_000_000), "10 billion in 100 shards": (100, 100_000_000)}
 RESUMED_STEP = 15_000

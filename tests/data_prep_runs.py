@@ -19,7 +19,7 @@ from running import ROOT, environment, run
 from data_prep import prepare as preparing
 from data_prep.encoding import EncodedChunk, Encoder
 from data_prep.sources import Source
-from gpt2_ddp.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
 
 NO_NETWORK = {
     "HTTPS_PROXY": "http://127.0.0.1:9",

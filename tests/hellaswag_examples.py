@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.pretrained import hf_config, to_hf
+from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.model.huggingface import hf_config, to_hf
 
 PEOPLE = ("A man", "the girl in red", "Two women", "someone", "An old fisherman", "The crowd", "a café owner")
 DEEDS = (

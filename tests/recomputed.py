@@ -14,9 +14,9 @@ from drivers import warm
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2_ddp.data import permute
-from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.pretrained import load_model
+from gpt2_ddp.data.loader import permute
+from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.model.huggingface import load_model
 
 PLAIN = {
     **warm.TINY,

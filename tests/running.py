@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_ddp.shards import write_shard
+from gpt2_ddp.data.shards import write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from data_prep.commands import HellaSwag, Shards, Text
 from data_prep.encoding import Encoder
 from eval.model_choice import ModelChoice, open_model
-from gpt2_ddp import bench
+from gpt2_ddp.bench import command as bench
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import BatchPlan, Windows, require_one_step
-from gpt2_ddp.shards import Shard, find_shards, write_shard
+from gpt2_ddp.data.loader import BatchPlan, Windows, require_one_step
+from gpt2_ddp.data.shards import Shard, find_shards, write_shard
 
 TEXTS = ["one text", "another text", "a third"]
 

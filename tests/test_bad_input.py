@@ -14,9 +14,9 @@ import torch
 from drivers import warm
 from running import checkpoint, run, train_command, tree, write_shards
 
-from gpt2_ddp.data import permute
-from gpt2_ddp.distributed import choose_device
-from gpt2_ddp.shards import write_shard
+from gpt2_ddp.data.loader import permute
+from gpt2_ddp.data.shards import write_shard
+from gpt2_ddp.distributed.context import choose_device
 
 Change = Callable[[Path], object]
 TRAIN = "train_000001.bin"

@@ -14,7 +14,7 @@ from recomputed import assert_near
 from running import checkpoint, final_hashes, metrics, status, weights_and_moments
 from safetensors.torch import load_file
 
-from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.checkpoint.files import faults
 
 GUARDED = ("--spike-guard", "6", "--max-steps", "32", "--checkpoint-every", "5", "--max-lr", "1e-3")
 """The guard needs 16 losses before it judges; checkpoints at 0, 5, 10, ..."""

@@ -12,10 +12,8 @@ import pytest
 import torch
 from running import environment
 
-from gpt2_ddp.allocator import PRELOAD, find_tcmalloc
-from gpt2_ddp.bench import Bench, climb, for_cuda, table
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.ladder import (
+from gpt2_ddp.bench.command import Bench, climb, for_cuda, table
+from gpt2_ddp.bench.ladder import (
     Measured,
     Shapes,
     attention_rungs,
@@ -26,7 +24,9 @@ from gpt2_ddp.ladder import (
     measure,
     rung_model,
 )
-from gpt2_ddp.model import SIZES
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.model.gpt import SIZES
+from gpt2_ddp.system.allocator import PRELOAD, find_tcmalloc
 
 CPU = torch.device("cpu")
 TINY = Shapes(model="gpt2-nano", sequence_length=32, micro_batch_size=2, total_batch_size=128, steps=1)

@@ -15,9 +15,9 @@ from drivers import warm
 from running import ROOT, environment, metrics, python, status, wait_until
 from test_metrics import step_metrics
 
-from gpt2_ddp import boards
-from gpt2_ddp.boards import Aside, TensorBoard, WeightsAndBiases
-from gpt2_ddp.metrics import FileLog
+from gpt2_ddp.metrics import boards
+from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
+from gpt2_ddp.metrics.log import FileLog
 
 
 def tensorboard(out_dir: Path, *, resumed_step: int) -> Aside:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from running import checkpoint, metrics, run, sha256, tree
 
-from gpt2_ddp.checkpoint import (
+from gpt2_ddp.checkpoint.files import (
     checkpoints,
     faults,
     newest_good,
@@ -26,10 +26,10 @@ from gpt2_ddp.checkpoint import (
     step_name,
     write_checkpoint,
 )
-from gpt2_ddp.model import GPT
-from gpt2_ddp.pretrained import load_model
-from gpt2_ddp.saver import CheckpointWriter
-from gpt2_ddp.tokenizer import load_tokenizer
+from gpt2_ddp.checkpoint.writer import CheckpointWriter
+from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.model.huggingface import load_model
 
 TENSORS = {
     "float32": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
@@ -196,7 +196,7 @@ def test_names_to_set_aside_never_collide(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from gpt2_ddp.checkpoint import step_name, write_checkpoint
+from gpt2_ddp.checkpoint.files import step_name, write_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 write_checkpoint(Path(sys.argv[1]) / step_name(2), {"a.json": {}, "model.safetensors": {"w": torch.ones(100, 100)}})
 """

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from running import environment
 
-from gpt2_ddp.choices import Outcome, Trained, Trial, alternatives, compared, compile_lag, report, train
-from gpt2_ddp.ladder import Shapes
-from gpt2_ddp.shards import write_shard
+from gpt2_ddp.bench.choices import Outcome, Trained, Trial, alternatives, compared, compile_lag, report, train
+from gpt2_ddp.bench.ladder import Shapes
+from gpt2_ddp.data.shards import write_shard
 
 TINY = Shapes(model="gpt2-nano", sequence_length=32, micro_batch_size=1, total_batch_size=256, steps=2)
 AUTO = Trial(choice="all", name="auto", ranks=2, threads=2)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from running import run
 
-from gpt2_ddp.cli import parse
 from gpt2_ddp.config import TrainConfig, differences, flag
+from gpt2_ddp.system.cli import parse
 
 DEFAULTS = {
     "model": "gpt2",

@@ -16,8 +16,8 @@ from data_prep_runs import COMMAND
 from drivers import warm
 from running import ROOT, checkpoint, environment, metrics, python, status, wait_until
 
-from gpt2_ddp import cli
-from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.system import cli
 from launch.__main__ import require_posix
 from launch.console import say
 
@@ -134,7 +134,7 @@ def test_data_preparation_finishes_its_shards(tmp_path: Path) -> None:
 
 RESULT = """
 import sys
-from gpt2_ddp import cli
+from gpt2_ddp.system import cli
 cli.run(lambda: print("a result", end=""), prints_result=True)
 """
 

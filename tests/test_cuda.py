@@ -14,15 +14,15 @@ import torch
 from running import checkpoint, copy_until, final_hashes, metrics, python, run, train, train_command
 from safetensors.torch import load_file
 
-from gpt2_ddp.data import BatchPlan, TrainData, Windows
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.model import GPT, model_config
-from gpt2_ddp.optim import apply_update, make_optimizer, optimizer_tensors
-from gpt2_ddp.precision import choose_dtype, found_hardware, peak_flops
-from gpt2_ddp.pretrained import load_model
-from gpt2_ddp.sampling import generate
-from gpt2_ddp.shards import find_shards
-from gpt2_ddp.validation import validation_loss
+from gpt2_ddp.data.loader import BatchPlan, TrainData, Windows
+from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.evaluation.validation import validation_loss
+from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.model.huggingface import load_model
+from gpt2_ddp.optim.optimizer import apply_update, make_optimizer, optimizer_tensors
+from gpt2_ddp.system.precision import choose_dtype, found_hardware, peak_flops
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 CAPABILITY = torch.cuda.get_device_capability(0) if GPUS else (0, 0)
@@ -161,7 +161,7 @@ def test_as_many_ranks_as_gpus(clean_run: CleanRun, data_dir: Path, tmp_path: Pa
 
 BOTH_BACKENDS = """
 import torch, torch.distributed as dist
-from gpt2_ddp.distributed import open_context
+from gpt2_ddp.distributed.context import open_context
 with open_context("auto") as context:
     assert context.device == torch.device("cuda", context.local_rank)
     on_gpu = context.sum(torch.ones(3, device=context.device))

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import write_shards
 
-from gpt2_ddp.data import (
+from gpt2_ddp.data.loader import (
     OPEN_SHARDS,
     BatchPlan,
     TrainData,
@@ -27,7 +27,7 @@ from gpt2_ddp.data import (
     permute,
     require_one_step,
 )
-from gpt2_ddp.shards import find_shards, write_shard
+from gpt2_ddp.data.shards import find_shards, write_shard
 
 LENGTH = 8
 

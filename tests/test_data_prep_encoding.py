@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.encoding import CUT, DOCUMENT, Encoder
-from gpt2_ddp.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
 
 SPACES = (
     " \t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u200a\u200b\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"

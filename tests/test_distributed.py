@@ -12,9 +12,9 @@ from running import ROOT, SMALL, python, run, train_command
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt2_ddp.data import permute
-from gpt2_ddp.distributed import choose_device, open_context
-from gpt2_ddp.model import GPT, model_config
+from gpt2_ddp.data.loader import permute
+from gpt2_ddp.distributed.context import choose_device, open_context
+from gpt2_ddp.model.gpt import GPT, model_config
 
 SPY = """
 import json, sys
@@ -134,8 +134,8 @@ import sys
 from contextlib import suppress
 import torch
 import torch.distributed as dist
-from gpt2_ddp.distributed import open_context
-from gpt2_ddp.watchdog import Watchdog
+from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.watchdog import Watchdog
 
 def raised(make, kind):
     try:

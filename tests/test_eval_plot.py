@@ -159,7 +159,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path) -> None:
     folder = full_run(tmp_path / "a")
     script = (
         "import sys; sys.modules['matplotlib'] = None\n"  # as Python marks a module that cannot be imported
-        "sys.argv[0] = 'eval'\nimport eval.__main__ as e\nfrom gpt2_ddp.cli import run\nrun(e.main)"
+        "sys.argv[0] = 'eval'\nimport eval.__main__ as e\nfrom gpt2_ddp.system.cli import run\nrun(e.main)"
     )
     done = run([sys.executable, "-c", script, "plot", str(folder), "--out", str(tmp_path / "x.png")])
     assert done.returncode == 2

@@ -16,8 +16,8 @@ import pytest
 from data_prep_runs import COMMAND, texts_of, write_jsonl
 from running import ROOT, checkpoint, environment, final_hashes, run, status, train, tree
 
-from gpt2_ddp.checkpoint import checkpoints, faults, newest_good, set_aside, write_checkpoint
-from gpt2_ddp.files import flush, flush_directory, rename, replace_file, sole_use
+from gpt2_ddp.checkpoint.files import checkpoints, faults, newest_good, set_aside, write_checkpoint
+from gpt2_ddp.system.files import flush, flush_directory, rename, replace_file, sole_use
 
 POOR_DISK = r"""
 #define _GNU_SOURCE
@@ -221,7 +221,7 @@ def test_a_directory_that_cannot_be_locked_is_granted(
 
 def test_a_directory_has_one_holder_until_its_process_dies(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from gpt2_ddp.files import sole_use\n"
+        "import sys, time; from pathlib import Path; from gpt2_ddp.system.files import sole_use\n"
         "with sole_use(Path(sys.argv[1]), 'in use'): print('held', flush=True); time.sleep(60)"
     )
     command = [COMMAND[0], "-c", code, str(tmp_path)]

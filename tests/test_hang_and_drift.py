@@ -11,7 +11,7 @@ import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, status, wait_until, write_shards
 
-from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.checkpoint.files import faults
 
 
 @pytest.mark.parametrize("stopped_rank", [0, 1])

@@ -17,10 +17,10 @@ from hellaswag_examples import examples, opinionated_model, write_examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.hellaswag import Example, evaluate, predictions, read_examples, render, score
-from gpt2_ddp.model import GPT
-from gpt2_ddp.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.hellaswag import Example, evaluate, predictions, read_examples, render, score
+from gpt2_ddp.model.gpt import GPT
 
 HERE = DistContext()
 FUZZ = settings(max_examples=200, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])

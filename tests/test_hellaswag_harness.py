@@ -12,10 +12,10 @@ import pytest
 from hellaswag_examples import examples, opinionated_model, write_examples, write_model
 from running import python, run
 
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.hellaswag import evaluate, predictions, read_examples, render, score
-from gpt2_ddp.pretrained import load_model
-from gpt2_ddp.tokenizer import load_tokenizer, tokenizer_files
+from gpt2_ddp.data.tokenizer import load_tokenizer, tokenizer_files
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.hellaswag import evaluate, predictions, read_examples, render, score
+from gpt2_ddp.model.huggingface import load_model
 
 TASK = """
 task: hellaswag_local

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp.kernels import (
+from gpt2_ddp.model.kernels import (
     BLOCK_ROWS,
     CPU_HEAD_ROWS,
     PRODUCT_ROWS,

@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpt2_ddp import bench, ladder
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.ladder import Rung, Shapes, WholeHead, measure
-from gpt2_ddp.model import SIZES, GPTConfig
+from gpt2_ddp.bench import command as bench
+from gpt2_ddp.bench import ladder
+from gpt2_ddp.bench.ladder import Rung, Shapes, WholeHead, measure
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.model.gpt import SIZES, GPTConfig
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=16, vocab_size=512, n_layer=2, n_head=2, n_embd=16)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_ddp import cli
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import BatchPlan
-from gpt2_ddp.model import model_config
+from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.model.gpt import model_config
+from gpt2_ddp.system import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_ddp import cli
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import BatchPlan
+from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.system import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 GPT3 = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpt2_ddp.allocator import find_tcmalloc
+from gpt2_ddp.system.allocator import find_tcmalloc
 from launch.torchrun import exit_status
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +14,23 @@ import pytest
 from running import ROOT, environment
 
 PACKAGES = ("gpt2_ddp", "data_prep", "eval", "launch")
-FLOOR = {"files"}
-"""What the foundation stands on."""
-FOUNDATION = FLOOR | {
-    "model",
-    "kernels",
-    "tokenizer",
-    "shards",
-    "distributed",
-    "cuda_build",
-    "rendezvous",
-    "precision",
-    "cli",
-}
-WITHIN = {"model": {"gpt2_ddp.kernels"}, "distributed": {"gpt2_ddp.cuda_build", "gpt2_ddp.rendezvous"}}
-"""What else of the foundation a module of the foundation may know."""
-COMPOSERS = {"train", "build", "compute", "resume", "events", "saver", "bench", "ladder", "choices", "micro_batch"}
-"""The modules that put the parts together; all others know only the foundation."""
+FLOORS = (
+    ("system",),
+    ("model",),
+    ("config",),
+    ("data",),
+    ("distributed",),
+    ("optim",),
+    ("checkpoint",),
+    ("metrics",),
+    ("evaluation",),
+    ("run",),
+    ("build", "periodic"),
+    ("train", "bench"),
+)
+"""The rooms of gpt2_ddp, the lowest first. A module imports from its own room and from lower floors."""
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+UNKNOWN_TO_EVAL = {"run", "build", "periodic", "train", "bench"}
 
 
 def module_name(path: Path) -> str:
@@ -65,31 +67,31 @@ def reached(module: str) -> set[str]:
     return found
 
 
-def test_every_part_is_there() -> None:
-    ours = {name.removeprefix("gpt2_ddp.") for name in SOURCES if name.startswith("gpt2_ddp.")}
-    parts = {"config", "optim", "data", "checkpoint", "metrics", "validation", "hellaswag", "sampling", "pretrained"}
-    assert FOUNDATION | parts | {"train"} <= ours
+def room(module: str) -> str:
+    """The first folder or file in gpt2_ddp that `module` lies in; "" for another package."""
+    package, *parts = module.split(".")
+    return parts[0] if package == "gpt2_ddp" and parts else ""
+
+
+def test_every_room_is_there_and_has_its_floor() -> None:
+    assert {room(module) for module in SOURCES} - {""} == FLOOR.keys()
     assert not {"utils", "helpers", "common", "misc"} & {name.split(".")[-1] for name in SOURCES}
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
-def test_imports_point_one_way(module: str) -> None:
-    package, name = module.split(".")[0], module.removeprefix("gpt2_ddp.")
-    found = imported(module)
-    foundation = {f"gpt2_ddp.{part}" for part in FOUNDATION}
-    composers = {f"gpt2_ddp.{part}" for part in COMPOSERS}
-    if module == "gpt2_ddp" or name in FOUNDATION:
-        floor = {f"gpt2_ddp.{part}" for part in FLOOR - {name}}
-        assert found <= WITHIN.get(name, set()) | floor
-    elif package == "gpt2_ddp" and name in COMPOSERS:
-        assert {other.split(".")[0] for other in found} <= {"gpt2_ddp"}
+def test_imports_point_down(module: str) -> None:
+    package, found = module.split(".")[0], imported(module)
+    if module == "gpt2_ddp":
+        assert found == set()
     elif package == "gpt2_ddp":
-        assert found <= foundation
+        here = FLOOR[room(module)]
+        others = {other for other in found if room(other) != room(module)}
+        assert {other for other in others if not room(other) or FLOOR[room(other)] >= here} == set()
     elif package == "data_prep":
         ours = {other for other in found if other.startswith("data_prep")}
-        assert found - ours <= {"gpt2_ddp.tokenizer", "gpt2_ddp.shards", "gpt2_ddp.cli", "gpt2_ddp.files"}
+        assert {room(other) for other in found - ours} <= {"system", "data"}
     elif package == "eval":
-        assert not reached(module) & composers
+        assert not {room(other) for other in reached(module)} & UNKNOWN_TO_EVAL
         assert {other.split(".")[0] for other in found} <= {"gpt2_ddp", "eval"}
     else:
         assert {other.split(".")[0] for other in found} <= {"launch"}
@@ -137,6 +139,27 @@ found = list(done)
 assert not found, found
 assert world() == before
 """
+
+
+def test_a_wheel_holds_all_of_the_package_and_works_far_from_the_checkout(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    isolated = [] if importlib.util.find_spec("setuptools") is None else ["--no-build-isolation"]
+    checkout = shutil.copytree(ROOT / "gpt2_ddp", tmp_path / "checkout" / "gpt2_ddp").parent  # building writes there
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    subprocess.run([*pip, "wheel", *isolated, "--no-deps", f"--wheel-dir={tmp_path}", checkout], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", f"--target={tmp_path / 'site'}", wheel], check=True)
+    modules = [name for name in SOURCES if room(name)]
+    script = f"import importlib\nfor name in {modules}: print(importlib.import_module(name).__file__)"
+    env = environment() | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {Path(line).is_relative_to(tmp_path / "site") for line in done.stdout.splitlines()} == {True}
+    command = [sys.executable, "-m", "gpt2_ddp.train", "--max-steps=0"]
+    refused = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--max-steps 0 must be at least 1" in refused.stderr
 
 
 def test_importing_does_nothing() -> None:

@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2_ddp.compilation import CompiledGPT
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.gradients import DDPReduction
-from gpt2_ddp.kernels import PRODUCT_ROWS, accumulate, head_loss
-from gpt2_ddp.memory import USABLE, TrainingMemory, parameter_count, training_memory
-from gpt2_ddp.model import GPT, SIZES, GPTConfig
-from gpt2_ddp.optim import zero_gradients
-from gpt2_ddp.precision import Precision, found_hardware
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.reduction import DDPReduction
+from gpt2_ddp.model.compilation import CompiledGPT
+from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
+from gpt2_ddp.model.kernels import PRODUCT_ROWS, accumulate, head_loss
+from gpt2_ddp.model.memory import USABLE, TrainingMemory, parameter_count, training_memory
+from gpt2_ddp.optim.optimizer import zero_gradients
+from gpt2_ddp.system.precision import Precision, found_hardware
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
 
@@ -250,9 +250,9 @@ def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
 
 
 def test_the_page_about_gpus_is_what_the_command_prints() -> None:
-    told = running.run([sys.executable, "-m", "gpt2_ddp.memory"])
+    told = running.run([sys.executable, "-m", "gpt2_ddp.bench.gpus"])
     assert (told.returncode, told.stderr) == (0, "")
-    assert (ROOT / "launch" / "GPUS.md").read_text() == told.stdout, "python -m gpt2_ddp.memory > launch/GPUS.md"
+    assert (ROOT / "launch" / "GPUS.md").read_text() == told.stdout, "python -m gpt2_ddp.bench.gpus > launch/GPUS.md"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("gpt2_*.sh")), ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpt2_ddp.metrics import (
+from gpt2_ddp.metrics.log import (
     FileLog,
     NullLog,
     StepMetrics,

@@ -17,15 +17,15 @@ from running import environment, final_hashes, python
 from torch import nn
 
 from gpt2_ddp.build import build_run
-from gpt2_ddp.compute import compiled_or_not
+from gpt2_ddp.build.compute import compiled_or_not
+from gpt2_ddp.build.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data import BatchPlan
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.memory import training_memory
-from gpt2_ddp.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
-from gpt2_ddp.model import GPT, SIZES, GPTConfig
-from gpt2_ddp.precision import Precision
-from gpt2_ddp.stopping import StopRequest
+from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.stopping import StopRequest
+from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
+from gpt2_ddp.model.memory import training_memory
+from gpt2_ddp.system.precision import Precision
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
 
@@ -56,8 +56,8 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
 FAKE_SHORTAGE = """
 import sys
 import torch
-from gpt2_ddp.distributed import open_context
-from gpt2_ddp.micro_batch import largest_fitting
+from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.build.micro_batch import largest_fitting
 with open_context("cpu") as context:
     state = torch.get_rng_state()
     best = largest_fitting([1, 2, 4, 8, 16], lambda size: size <= (4 if context.rank == 1 else 16), context)
@@ -123,7 +123,7 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
         if plan.micro_batch_size > 2:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("gpt2_ddp.micro_batch.warm_up", fake_warm_up)
+    monkeypatch.setattr("gpt2_ddp.build.micro_batch.warm_up", fake_warm_up)
     monkeypatch.setattr("torch.random.fork_rng", lambda _: nullcontext())
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: type("Properties", (), {"total_memory": 1000}))
     monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda _: 890)
@@ -167,7 +167,7 @@ def test_a_micro_batch_that_does_not_fit_is_the_users_mistake(monkeypatch: pytes
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("gpt2_ddp.compute.warm_up", too_much)
+    monkeypatch.setattr("gpt2_ddp.build.compute.warm_up", too_much)
     plan = BatchPlan(micro_batch_size=64, sequence_length=8, total_batch_size=512)
     with pytest.raises(ValueError, match=r"micro-batch of 64 sequences does not fit .* --activation-checkpointing"):
         compiled_or_not(DistContext(), plan, Precision.of(torch.float32, torch.device("cpu")), GPT(WIDE))

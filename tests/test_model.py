@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_ddp.model import GPT, SIZES, GPTConfig, model_config
-from gpt2_ddp.pretrained import from_hf
+from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig, model_config
+from gpt2_ddp.model.huggingface import from_hf
 
 WIDTHS_AND_HEADS = [(768, 12), (1024, 16), (1280, 20), (1600, 25)]
 

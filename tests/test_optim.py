@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.optim import (
+from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.optim.optimizer import (
     SkipCount,
     apply_update,
     learning_rate,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from drivers import warm
 
-from gpt2_ddp.precision import (
+from gpt2_ddp.system.precision import (
     COMPILE_FLOPS,
     Hardware,
     MatmulSpeed,

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from gpt2_ddp.model import GPT, SIZES, GPTConfig
-from gpt2_ddp.pretrained import config_from_hf, find_model, from_hf, hf_config, load_model, to_hf
-from gpt2_ddp.tokenizer import load_tokenizer, tokenizer_files
+from gpt2_ddp.data.tokenizer import load_tokenizer, tokenizer_files
+from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
+from gpt2_ddp.model.huggingface import config_from_hf, find_model, from_hf, hf_config, load_model, to_hf
 
 TINY = GPTConfig(block_size=24, vocab_size=97, n_layer=2, n_head=2, n_embd=16)
 FUZZ = settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from drivers import warm
 
-from gpt2_ddp.rendezvous import Place, find_place
+from gpt2_ddp.distributed.rendezvous import Place, find_place
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
 

@@ -9,7 +9,7 @@ import pytest
 from drivers import warm
 from running import final_hashes, metrics, weights_and_moments
 
-from gpt2_ddp.shards import write_shard
+from gpt2_ddp.data.shards import write_shard
 
 SAME = ("--reproducible",)
 DROPOUT = (*SAME, "--dropout", "0.1")

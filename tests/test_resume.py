@@ -12,10 +12,10 @@ from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
 from gpt2_ddp import build
-from gpt2_ddp.checkpoint import named
+from gpt2_ddp.checkpoint.files import named
+from gpt2_ddp.checkpoint.resume import rate_jump
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.optim import learning_rate
-from gpt2_ddp.resume import rate_jump
+from gpt2_ddp.optim.optimizer import learning_rate
 
 
 @pytest.fixture(scope="module")

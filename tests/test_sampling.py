@@ -11,15 +11,15 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt2_ddp import precision
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.hellaswag import Question, score
-from gpt2_ddp.model import GPT, SIZES, GPTConfig
-from gpt2_ddp.precision import attention_backends
-from gpt2_ddp.pretrained import hf_config, to_hf
-from gpt2_ddp.sampling import generate
-from gpt2_ddp.tokenizer import EOT
-from gpt2_ddp.validation import validation_loss
+from gpt2_ddp.data.tokenizer import EOT
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.hellaswag import Question, score
+from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.evaluation.validation import validation_loss
+from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
+from gpt2_ddp.model.huggingface import hf_config, to_hf
+from gpt2_ddp.system import precision
+from gpt2_ddp.system.precision import attention_backends
 
 SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 

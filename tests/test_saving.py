@@ -17,10 +17,10 @@ from drivers.live_bytes import LiveBytes
 from running import checkpoint, final_hashes, metrics, status, wait_until
 from safetensors.torch import load_file
 
-from gpt2_ddp import saver
-from gpt2_ddp.checkpoint import faults
-from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.pretrained import to_hf
+from gpt2_ddp.checkpoint import writer as saver
+from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.model.huggingface import to_hf
 
 
 @pytest.fixture(scope="module")

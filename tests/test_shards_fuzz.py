@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import manifest_for, shard_bytes
 
-from gpt2_ddp.shards import find_shards, read_manifest, write_manifest
+from gpt2_ddp.data.shards import find_shards, read_manifest, write_manifest
 
 MUTATED = st.builds(
     lambda whole, at, new, cut: (whole[:at] + new + whole[at + len(new) :])[:cut],

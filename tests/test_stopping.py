@@ -15,7 +15,7 @@ import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, status, wait_until
 
-from gpt2_ddp.checkpoint import faults
+from gpt2_ddp.checkpoint.files import faults
 
 SAME = ("--reproducible",)
 

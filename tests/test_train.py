@@ -31,12 +31,12 @@ from running import (
 )
 from safetensors.torch import load_file
 
-from gpt2_ddp.checkpoint import faults
-from gpt2_ddp.compute import start_model
+from gpt2_ddp.build.compute import start_model
+from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.checkpoint.resume import Resume
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.pretrained import load_model
-from gpt2_ddp.resume import Resume
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.model.huggingface import load_model
 
 CleanRun = Callable[..., Path]
 LINE = re.compile(

@@ -24,12 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import checkpoint, tree
 
-from gpt2_ddp import cli, optim, pretrained
-from gpt2_ddp.checkpoint import MANIFEST, faults, newest_good, read_tensors
+from gpt2_ddp.checkpoint.files import MANIFEST, faults, newest_good, read_tensors
+from gpt2_ddp.checkpoint.resume import read_state, require_same_run
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.guard import SpikeGuard
-from gpt2_ddp.model import GPT
-from gpt2_ddp.resume import read_state, require_same_run
+from gpt2_ddp.model import huggingface as pretrained
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.system import cli
 
 FUZZ = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "150")),

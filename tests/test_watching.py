@@ -17,12 +17,12 @@ from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
-from gpt2_ddp import events
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.hellaswag import HellaSwagResult, evaluate, read_examples
-from gpt2_ddp.pretrained import load_model
-from gpt2_ddp.sampling import generate
-from gpt2_ddp.tokenizer import load_tokenizer
+from gpt2_ddp import periodic as events
+from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.hellaswag import HellaSwagResult, evaluate, read_examples
+from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.model.huggingface import load_model
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
 """A model with the whole vocabulary, for the tokenizer's sake; dropout, so that a random number drawn would show."""

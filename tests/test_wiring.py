@@ -14,7 +14,7 @@ from running import checkpoint, metrics
 from safetensors.torch import load_file
 
 from gpt2_ddp.config import TrainConfig, flag
-from gpt2_ddp.pretrained import from_hf, load_model
+from gpt2_ddp.model.huggingface import from_hf, load_model
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gpt2_ddp import checkpoint
+from gpt2_ddp.checkpoint import files as checkpoint
 
 OPERATIONS = ("open", "close", "fsync", "mkdir", "rename", "unlink", "rmdir")
 

@@ -20,9 +20,14 @@ from typing import Any
 import torch
 from drivers.disk import Disk
 
-from gpt2_ddp import build, checkpoint, events, optim, precision, saver, train
-from gpt2_ddp.build import Run
-from gpt2_ddp.data import StepBatch, TrainData
+from gpt2_ddp import build, train
+from gpt2_ddp import periodic as events
+from gpt2_ddp.checkpoint import files as checkpoint
+from gpt2_ddp.checkpoint import writer as saver
+from gpt2_ddp.data.loader import StepBatch, TrainData
+from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.run import Run
+from gpt2_ddp.system import precision
 
 RANK = int(os.environ.get("RANK", "0"))
 

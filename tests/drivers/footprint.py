@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ddp.allocator import keep_freed_memory
-from gpt2_ddp.compilation import CompiledGPT
-from gpt2_ddp.distributed import grad_sync
-from gpt2_ddp.memory import training_memory
-from gpt2_ddp.model import GPT, GPTConfig
-from gpt2_ddp.optim import apply_update, make_optimizer, zero_gradients
-from gpt2_ddp.precision import Precision
+from gpt2_ddp.distributed.context import grad_sync
+from gpt2_ddp.model.compilation import CompiledGPT
+from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.model.memory import training_memory
+from gpt2_ddp.optim.optimizer import apply_update, make_optimizer, zero_gradients
+from gpt2_ddp.system.allocator import keep_freed_memory
+from gpt2_ddp.system.precision import Precision
 
 CONFIG = GPTConfig(n_layer=3, n_head=4, n_embd=256, vocab_size=4096)
 LENGTH = 256

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drivers.disk import Disk
 
-from gpt2_ddp.checkpoint import Content, newest_good, prune, read_tensors, write_checkpoint
+from gpt2_ddp.checkpoint.files import Content, newest_good, prune, read_tensors, write_checkpoint
 
 BEFORE, SAVED, NEXT = (f"step_{step:08d}" for step in (4, 8, 12))
 

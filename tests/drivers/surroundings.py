@@ -22,8 +22,9 @@ from functorch.compile import nop
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed import TCPStore
 
-from gpt2_ddp import boards, train
-from gpt2_ddp.distributed import DistContext
+from gpt2_ddp import train
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.metrics import boards
 
 
 def variables(**values: str | None) -> None:

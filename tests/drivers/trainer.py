@@ -25,8 +25,9 @@ from drivers.faults import FAULTS
 from drivers.surroundings import SURROUNDINGS
 from drivers.watchers import WATCHERS
 
-from gpt2_ddp import build, cli, train
-from gpt2_ddp.model import SIZES, GPTConfig
+from gpt2_ddp import build, train
+from gpt2_ddp.model.gpt import SIZES, GPTConfig
+from gpt2_ddp.system import cli
 
 TINY = GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=16)
 

@@ -17,12 +17,15 @@ import pytest
 import torch
 from drivers.live_bytes import LiveBytes
 
-from gpt2_ddp import checkpoint, optim, pretrained, resume
-from gpt2_ddp.compute import start_model
+from gpt2_ddp.build.compute import start_model
+from gpt2_ddp.checkpoint import files as checkpoint
+from gpt2_ddp.checkpoint import resume
+from gpt2_ddp.checkpoint.resume import Resume
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.distributed import DistContext, open_context, release
-from gpt2_ddp.model import GPT, SIZES, GPTConfig
-from gpt2_ddp.resume import Resume
+from gpt2_ddp.distributed.context import DistContext, open_context, release
+from gpt2_ddp.model import huggingface as pretrained
+from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
+from gpt2_ddp.optim import optimizer as optim
 
 DEEP = GPTConfig(block_size=32, vocab_size=512, n_layer=8, n_head=2, n_embd=32)
 """Of whose weights the largest tensor is less than a seventh."""

@@ -14,8 +14,9 @@ import torch
 from drivers.faults import RANK, before_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp import events, train
-from gpt2_ddp.build import Run
+from gpt2_ddp import periodic as events
+from gpt2_ddp import train
+from gpt2_ddp.run import Run
 
 
 def watch_reads(*, listing: str) -> None:

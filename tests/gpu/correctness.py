@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt2_ddp.build import Run
-from gpt2_ddp.compute import make_reduction, trainable
-from gpt2_ddp.distributed import release
-from gpt2_ddp.kernels import head_loss
-from gpt2_ddp.model import GPT, model_config
+from gpt2_ddp.build.compute import make_reduction, trainable
+from gpt2_ddp.distributed.context import release
+from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.model.kernels import head_loss
+from gpt2_ddp.run import Run
 from gpu.processes import isolated
 from gpu.runner import Report, SkippedPartError
 from gpu.scene import Scene, compilations, find_scene, has_gpu, kernels, memory, step, training

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from gpt2_ddp.build import Run
+from gpt2_ddp.bench.ladder import Shapes, ladder, measure
+from gpt2_ddp.build.micro_batch import require_fit
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.distributed import DistContext
-from gpt2_ddp.events import report_saves, save
-from gpt2_ddp.hellaswag import Question, score
-from gpt2_ddp.kernels import head_loss
-from gpt2_ddp.ladder import Shapes, ladder, measure
-from gpt2_ddp.memory import training_memory
-from gpt2_ddp.micro_batch import require_fit
-from gpt2_ddp.model import GPT, model_config
-from gpt2_ddp.sampling import generate
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.hellaswag import Question, score
+from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.model.kernels import head_loss
+from gpt2_ddp.model.memory import training_memory
+from gpt2_ddp.periodic import report_saves, save
+from gpt2_ddp.run import Run
 from gpu.processes import isolated
 from gpu.runner import Report
 from gpu.scene import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch._dynamo  # noqa: F401  so that the parts, which are forked, have it
 
 from gpt2_ddp import build
-from gpt2_ddp.tokenizer import tokenizer_files
+from gpt2_ddp.data.tokenizer import tokenizer_files
 from gpu import correctness, measurements
 from gpu.runner import Part
 from gpu.scene import GPUS, warm_up_wiring

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt2_ddp.build import Run, build_run
+from gpt2_ddp.build import build_run
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.distributed import open_context
-from gpt2_ddp.events import StepResult
-from gpt2_ddp.model import SIZES, GPTConfig
-from gpt2_ddp.precision import Hardware, choose_dtype, found_hardware
-from gpt2_ddp.shards import write_shard
-from gpt2_ddp.stopping import StopRequest
+from gpt2_ddp.data.shards import write_shard
+from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.stopping import StopRequest
+from gpt2_ddp.model.gpt import SIZES, GPTConfig
+from gpt2_ddp.periodic import StepResult
+from gpt2_ddp.run import Run
+from gpt2_ddp.system.precision import Hardware, choose_dtype, found_hardware
 from gpt2_ddp.train import train_step
 
 KINDS = (

@@ -21,7 +21,7 @@ def made_up() -> tiktoken.Encoding:
 
 def install() -> None:
     """From now on the project's tokenizer is the made-up one; before other modules have taken the function's name."""
-    from gpt2_ddp import tokenizer
+    from gpt2_ddp.data import tokenizer
 
     encoding = made_up()
     tokenizer.load_tokenizer = lambda: encoding

@@ -1,0 +1,1 @@
+"""`python -m gpt2_ddp.bench`: what each means adds, what `auto` takes, and GPUs on paper."""

@@ -1,0 +1,184 @@
+"""The largest micro-batch that fits into what memory there is, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import psutil
+import torch
+
+from gpt2_ddp.build.compute import compiles, warm_up
+from gpt2_ddp.checkpoint import resume
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.model.compilation import CompiledGPT
+from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
+from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
+from gpt2_ddp.optim.optimizer import allocate_state, make_optimizer, zero_gradients
+from gpt2_ddp.system.precision import Hardware, Precision
+
+
+def settle_micro_batch(
+    config: TrainConfig, context: DistContext, precision: Precision, hardware: Hardware
+) -> TrainConfig:
+    """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
+    context.together(lambda: require_fit(model_config(config.model), context.device))
+    if config.micro_batch_size != "auto":
+        return config
+    size = context.from_main(lambda: resume.saved_micro_batch(config, context.world_size))
+    return replace(
+        config,
+        micro_batch_size=size
+        or choose_micro_batch(
+            model_config(config.model, dropout=config.dropout),
+            precision,
+            context,
+            sequences_per_step=config.total_batch_size // config.sequence_length,
+            sequence_length=config.sequence_length,
+            compiled=compiles(config, hardware),
+            activation_checkpointing=config.activation_checkpointing,
+        ),
+    )
+
+
+def require_fit(config: GPTConfig, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: where the GPU cannot hold the weights, gradients and moments, whatever the micro-batch.
+    """
+    if device.type != "cuda":
+        return
+    there = torch.cuda.get_device_properties(device).total_memory
+    needed = training_memory(config, micro_batch_size=1, sequence_length=1, dtype=torch.float32, device_type="cuda")
+    if needed.fixed > there:
+        raise ValueError(
+            f"{gib(needed.weights)} of weights, {gib(needed.gradients)} of gradients and {gib(needed.moments)} of "
+            f"moments are {gib(needed.fixed)}, and {torch.cuda.get_device_name(device)} has {gib(there)}: "
+            "train a smaller --model"
+        )
+
+
+def choose_micro_batch(
+    config: GPTConfig,
+    precision: Precision,
+    context: DistContext,
+    *,
+    sequences_per_step: int,
+    sequence_length: int,
+    compiled: bool = False,
+    activation_checkpointing: bool = False,
+) -> int:
+    """The largest power of two of sequences that fits on every rank and divides its share of a step; collective.
+
+    It is reckoned from the memory that is free and, on CUDA, tried out by what will be trained. No random number is
+    drawn and no data is read.
+
+    Raises:
+        ValueError: where not one sequence fits, or the ranks do not divide a step.
+    """
+    share, rest = divmod(sequences_per_step, context.world_size)
+    if rest:
+        raise ValueError(f"{sequences_per_step} sequences a step do not divide by {context.world_size} ranks")
+    candidates = [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
+    free, device_memory = find_memory(context)
+    fits = fits_into(
+        free,
+        config,
+        sequence_length=sequence_length,
+        dtype=precision.dtype,
+        device_type=precision.device_type,
+        device_memory=device_memory,
+        compiled=compiled,
+        activation_checkpointing=activation_checkpointing,
+    )
+    size = largest_fitting(candidates, fits, context)
+    if context.device.type == "cuda":
+        trial = Trial(
+            config,
+            precision,
+            context.device,
+            sequence_length=sequence_length,
+            compiled=compiled,
+            activation_checkpointing=activation_checkpointing,
+        )
+        smaller = [candidate for candidate in reversed(candidates) if candidate <= max(1, size)]
+        size = first_running(smaller, trial.runs, context)
+    if not size:
+        raise ValueError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")
+    return size
+
+
+def find_memory(context: DistContext) -> tuple[int, int]:
+    """Bytes of memory that are free for this rank, and that its device has."""
+    if context.device.type == "cuda":
+        return torch.cuda.mem_get_info(context.device)
+    memory = psutil.virtual_memory()
+    return memory.available // context.local_world_size, memory.total
+
+
+def largest_fitting(candidates: Sequence[int], fits: Callable[[int], bool], context: DistContext) -> int:
+    """The last of the rising `candidates` before the first that does not fit on some rank, else 0; collective."""
+    best = 0
+    for candidate in candidates:
+        if context.any(not fits(candidate)):
+            break
+        best = candidate
+    return best
+
+
+def first_running(candidates: Sequence[int], runs: Callable[[int], bool], context: DistContext) -> int:
+    """The first of the falling `candidates` that runs on every rank, else 0; collective."""
+    return next((candidate for candidate in candidates if not context.any(not runs(candidate))), 0)
+
+
+class Trial:
+    """Tries micro-batches out on a GPU: a forward and backward pass beside weights, gradients and moments.
+
+    Of what will be trained, but for DDP, whose buckets hold the gradients and need as much.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        precision: Precision,
+        device: torch.device,
+        *,
+        sequence_length: int,
+        compiled: bool,
+        activation_checkpointing: bool,
+    ) -> None:
+        self._precision, self._device, self._length, self._compiled = precision, device, sequence_length, compiled
+        self._model = GPT(config).to(device)
+        self._model.activation_checkpointing = activation_checkpointing
+        self._optimizer = make_optimizer(self._model, weight_decay=0.0, betas=(0.9, 0.95), device=device)
+        allocate_state(self._optimizer)
+        zero_gradients(self._model.parameters(), in_place=True)
+
+    def runs(self, size: int) -> bool:
+        """Whether `size` sequences fit. No peak of memory is left behind, and the random numbers are as they were."""
+        plan = BatchPlan(
+            micro_batch_size=size, sequence_length=self._length, total_batch_size=size * self._length, world_size=1
+        )
+        try:
+            with torch.random.fork_rng([self._device]):
+                self._run(plan)
+            there = torch.cuda.get_device_properties(self._device).total_memory
+            return torch.cuda.max_memory_reserved(self._device) < USABLE["cuda"] * there
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _run(self, plan: BatchPlan) -> None:
+        if self._compiled:
+            try:
+                warm_up(CompiledGPT(self._model), plan, self._precision, self._device)
+                return
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a compiler that fails is told when training compiles, and goes on without it
+                self._compiled = False
+        warm_up(self._model, plan, self._precision, self._device)

@@ -1,0 +1,1 @@
+"""Tokens: the vocabulary, the shards they lie in, the order in which a run sees them."""

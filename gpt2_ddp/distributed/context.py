@@ -1,0 +1,239 @@
+"""One rank's view of the run: who it is, where it computes, and what it says to the others."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2_ddp.distributed.rendezvous import START_TIMEOUT, find_place, meet
+from gpt2_ddp.system.cuda_build import require_kernels, require_used
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
+
+
+@dataclass
+class Pulse:
+    """Counts how often a rank has got on with its work, for whoever watches it."""
+
+    beats: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistContext:
+    """One process of the run. With `world_size` 1 every collective is a no-op and no process group exists."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
+    pulse: Pulse = field(default_factory=Pulse)
+    store: Store | None = None
+    """Shared by the ranks of this start; None in a single process."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, replaced in place by its sum over the ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. Travels between CPUs, so the GPU is not waited for."""
+        return self.max(int(flag)) > 0
+
+    def max(self, number: int) -> int:
+        """The largest `number` of all ranks, by way of the CPUs."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make` returns here; where it fails on any rank it fails on all, so that none is left waiting.
+
+        Raises:
+            ValueError: the rank's own error (or `OSError`), or else the message of the first rank that has one.
+        """
+        value, error = None, None
+        try:
+            value = make()
+        except (ValueError, OSError) as caught:
+            error = caught
+        told = self.gather(str(error) if error else None)
+        if error:
+            raise error
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise ValueError(f"rank {rank}: {message}")
+        return cast(T, value)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; it runs there alone, and its error is everybody's."""
+        return self.broadcast(self.together(lambda: make() if self.is_main else cast(T, None)))
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put rank 0's numbers into the `tensors` of every rank, in place and one by one, so that no second set exists.
+
+        NCCL carries those on a GPU. They must be contiguous.
+
+        Raises:
+            ValueError: where a rank's tensors are not those of rank 0 by name, shape and dtype, before any is sent.
+        """
+        if self.world_size == 1:
+            return
+        mine = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()]
+        theirs = self.broadcast(mine)
+        self.together(lambda: require_same_tensors(mine, theirs))
+        for tensor in tensors.values():
+            dist.broadcast(tensor.detach(), src=0)
+
+    def add_from(self, partner: int, tensor: Tensor) -> None:
+        """Add `partner`'s tensor of the same shape to `tensor` in place, while it does the same with this one."""
+        theirs = torch.empty_like(tensor)
+        exchange = [dist.P2POp(dist.isend, tensor, partner), dist.P2POp(dist.irecv, theirs, partner)]
+        for request in dist.batch_isend_irecv(exchange):
+            request.wait()
+        tensor.add_(theirs)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` as DDP trains it; itself in a single process.
+
+        `model` must be on the context's device and have the same weights on every rank: DDP does not send them again.
+        """
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True)
+
+    def beat(self) -> None:
+        """Note that this rank gets on with its work."""
+        self.pulse.beats += 1
+
+    def shorten_timeouts(self, seconds: float) -> None:
+        """From now on a collective that takes longer than `seconds` fails."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+def require_same_tensors(mine: Sequence[str], theirs: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: naming the first tensor that is another one here than on rank 0.
+    """
+    for here, there in itertools.zip_longest(mine, theirs, fillvalue="nothing"):
+        if here != there:
+            raise ValueError(
+                f"this rank has {here} where rank 0 has {there}: give all ranks the same flags and version"
+            )
+
+
+def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
+    """The context of one micro-step, forward *and* backward: gradients are reduced over the ranks only if `sync`."""
+    if sync or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
+
+
+def release(model: nn.Module) -> None:
+    """Take apart what DDP made, before the process group is destroyed; `model` trains no more.
+
+    DDP's reducer shares the group. Were it the last to let go, it would wait for gloo's threads while it holds Python's
+    lock, which such a thread may need to forget its last collective: a rank that has finished would hang for ever.
+    """
+    if isinstance(model, DistributedDataParallel):
+        del model.reducer, model.logger
+
+
+def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of one rank for `--device {auto,cuda,cpu,mps}`.
+
+    Raises:
+        ValueError: where the device is not there, PyTorch cannot use a GPU that is, or the node runs more ranks than it
+            has GPUs.
+    """
+    if requested in ("auto", "cuda") and not torch.cuda.is_available():
+        require_used()
+    if requested == "auto":
+        alone = local_world_size == 1
+        requested = (
+            "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+        )
+    if requested == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            raise ValueError("--device cuda, but no CUDA GPU is visible: use --device cpu, or mend the driver")
+        if local_world_size > gpus:
+            raise ValueError(
+                f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
+                f"start {gpus} with --nproc_per_node={gpus}"
+            )
+        require_kernels(local_world_size)
+        return torch.device("cuda", local_rank)
+    if requested == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps, but this machine has no Metal GPU: use --device cpu")
+    return torch.device(requested)
+
+
+@contextmanager
+def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
+    """The `DistContext` of this process: from torchrun's environment, or of a single process where there is none.
+
+    NCCL carries what lies on a GPU, gloo what lies in main memory. The group is always destroyed.
+
+    Raises:
+        ValueError: where the environment is not that of a single process or of torchrun, or the device is not there.
+    """
+    place = find_place(os.environ)
+    device = choose_device(requested_device, local_rank=place.local_rank, local_world_size=place.local_world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    context = DistContext(**asdict(place), device=device)
+    if context.world_size == 1:
+        yield context
+        return
+    shared, prefix = meet(place)
+    store = dist.PrefixStore(prefix, shared)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world_size, timeout=START_TIMEOUT, device_id=bound
+    )
+    try:
+        yield replace(context, store=dist.PrefixStore(prefix, shared.clone()))  # type: ignore[attr-defined]
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,84 @@
+"""Text from a model: autoregressive sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from gpt2_ddp.data.tokenizer import EOT, VOCAB_SIZE
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.system.precision import evaluating
+
+
+def generate(
+    model: GPT,
+    prompt: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop_at_eot: bool = False,
+    sequence_length: int | None = None,
+    autocast: AbstractContextManager[object] | None = None,
+) -> Tensor:
+    """The prompt and what follows it: (T,) or (B, T) ids -> (B, T + up to `max_new_tokens`) int64 on the CPU.
+
+    Each row is a sample of its own. Only the last `sequence_length` tokens are looked at, `block_size` if not given:
+    positions past the length of the training sequences mean nothing to a model. `temperature` 0 takes the likeliest
+    token; `top_k` draws among the k likeliest. With `stop_at_eot` a row that has ended goes on with end-of-text, and
+    the whole ends when all rows have.
+
+    Draws on the CPU from a generator of its own, so that `seed` means the same on every device and no other random
+    number changes; the model is left in the mode it was in.
+
+    Raises:
+        ValueError: for an empty prompt, an id that is no token, or a setting out of range.
+    """
+    ids = torch.as_tensor(prompt, dtype=torch.int64).cpu()
+    ids = ids[None] if ids.ndim == 1 else ids
+    _check(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    length = min(sequence_length or model.config.block_size, model.config.block_size)
+    device = model.wte.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    with evaluating(model), autocast or nullcontext():
+        for _ in range(max_new_tokens):
+            window = ids[:, -length:].to(device)
+            logits = model.logits(model.features(window)[:, -1])[:, :VOCAB_SIZE].float().cpu()
+            tokens = _draw(logits, temperature, top_k, generator)
+            if stop_at_eot:
+                tokens = torch.where(ended, EOT, tokens)
+                ended |= tokens == EOT
+            ids = torch.cat([ids, tokens[:, None]], dim=1)
+            if stop_at_eot and bool(ended.all()):
+                break
+    return ids
+
+
+def _check(ids: Tensor, *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"a prompt of shape {tuple(ids.shape)}: give at least one token, as (T,) or (B, T)")
+    if int(ids.min()) < 0 or int(ids.max()) >= VOCAB_SIZE:
+        raise ValueError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}: tokens are 0 to {EOT}")
+    if max_new_tokens < 0:
+        raise ValueError(f"{max_new_tokens} new tokens: give 0 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature {temperature}: give a number from 0 (the likeliest token) on")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top-k {top_k}: give 1 or more")
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """One token for each row of logits (B, vocabulary): (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    # The largest logit is taken off first: divided by a tiny temperature, the others may go to -inf, never to NaN.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, candidates = logits.topk(top_k)
+        return candidates.gather(1, torch.multinomial(logits.softmax(-1), 1, generator=generator)).squeeze(1)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

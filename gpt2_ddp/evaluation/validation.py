@@ -1,0 +1,33 @@
+"""Validation loss over a fixed set of tokens, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.system.precision import evaluating
+
+
+def validation_loss(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    context: DistContext,
+    autocast: AbstractContextManager[object],
+) -> float:
+    """The mean loss in nats of the batches of all ranks, each an (inputs, targets) pair of shape (B, T).
+
+    Changes nothing: the model is left in the mode it was in, and no random number is drawn.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    with evaluating(model), autocast:
+        for ids, targets in batches:
+            context.beat()
+            loss = model(ids.to(context.device), targets.to(context.device))
+            total += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
+    loss_sum, tokens = context.sum(total).tolist()
+    return float(loss_sum / tokens)

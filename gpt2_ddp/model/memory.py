@@ -1,0 +1,127 @@
+"""What training needs of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gpt2_ddp.model.gpt import GPTConfig
+from gpt2_ddp.model.kernels import head_rows_for
+
+USABLE = {"cuda": 0.9, "cpu": 0.5}
+"""Share of the memory found that is counted on; the rest is for the allocator, the loader and everybody else. On a CPU,
+training `gpt2` without compilation held 1.44 times what is reckoned, for `allocator.keep_freed_memory`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes that one rank holds when it holds most, by the arithmetic of `training_memory`."""
+
+    weights: int
+    gradients: int
+    moments: int
+    lowered: int
+    """The matrices in the dtype of the matmuls."""
+    activations: int
+    """What the backward pass is given of all blocks."""
+    passing: int
+    """What the head or, if that is more, the backward pass of a block holds while it computes."""
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the micro-batch."""
+        return self.weights + self.gradients + self.moments + self.lowered
+
+    @property
+    def total(self) -> int:
+        return self.fixed + self.activations + self.passing
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """Parameters, the tied head counted once (GPT-2's shapes; 124,475,904 for `gpt2` with its padding)."""
+    c = config.n_embd
+    per_block = 12 * c * c + 13 * c  # four matrices with biases, two norms
+    return (config.vocab_size + config.block_size) * c + config.n_layer * per_block + 2 * c
+
+
+def training_memory(
+    config: GPTConfig,
+    *,
+    micro_batch_size: int,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device_type: str,
+    device_memory: int = 0,
+    compiled: bool = False,
+    activation_checkpointing: bool = False,
+) -> TrainingMemory:
+    """Memory of training with AdamW, float32 weights and autocast to `dtype`, on one rank or under DDP.
+
+    DDP's buckets hold the gradients, and nothing else does. Counted are the tensors that autograd keeps: for each token
+    and block, in units of n_embd, the inputs of the two norms in float32, q, k, v, what attention gives, and GELU's
+    input; the lowered copies of the matrices; and what `kernels.HeadLoss` holds: each token's features and their
+    gradient (where matmuls have another dtype, also two copies in float32), a chunk's logits, their gradient in float32
+    (not where the loss is compiled) and, where that is another dtype, in theirs; the head's own gradient and, in such a
+    dtype, a chunk's part of it (on a CPU only a slice of that exists). In the backward pass of a block that is the
+    head's gradient, those of GELU's output and input, and that of the residual stream; compiled, also the gradients of
+    the block's weights, which it hands over all at once. With activation checkpointing each block keeps its input
+    alone, and the one whose backward pass it is all the others. The rows of the head's chunks follow from
+    `device_memory`, the bytes that the device has.
+    """
+    count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
+    mixed = dtype != torch.float32
+    block = 2 * 4 + width * (3 + 1 + 4)
+    matrix = config.vocab_size * config.n_embd
+    rows = min(tokens, head_rows_for(device_type, device_memory))
+    head = 2 * width * tokens * config.n_embd + 4 * matrix
+    logits = rows * config.vocab_size
+    if mixed:
+        head += width * matrix + 2 * 4 * tokens * config.n_embd + logits * (2 * width + (0 if compiled else 4))
+    else:
+        head += logits * (2 * 4 if compiled and device_type != "cpu" else 4)
+    backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + (block if activation_checkpointing else 0))
+    if compiled:
+        backward += 4 * 12 * config.n_embd**2
+    return TrainingMemory(
+        weights=4 * count,
+        gradients=4 * count,
+        moments=8 * count,
+        lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if mixed else 0,
+        activations=tokens * config.n_layer * config.n_embd * (4 if activation_checkpointing else block),
+        passing=max(head, backward),
+    )
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def fits_into(
+    memory: int,
+    config: GPTConfig,
+    *,
+    sequence_length: int,
+    dtype: torch.dtype,
+    device_type: str,
+    device_memory: int = 0,
+    compiled: bool = False,
+    activation_checkpointing: bool = False,
+) -> Callable[[int], bool]:
+    """Whether a micro-batch fits into the usable part of `memory` bytes, by `training_memory`."""
+
+    def fits(size: int) -> bool:
+        needed = training_memory(
+            config,
+            micro_batch_size=size,
+            sequence_length=sequence_length,
+            dtype=dtype,
+            device_type=device_type,
+            device_memory=device_memory,
+            compiled=compiled,
+            activation_checkpointing=activation_checkpointing,
+        )
+        return needed.total < USABLE.get(device_type, USABLE["cpu"]) * memory
+
+    return fits

@@ -1,0 +1,66 @@
+"""`Run`: everything that the training loop works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gpt2_ddp.checkpoint.resume import TrainState
+from gpt2_ddp.checkpoint.writer import CheckpointWriter
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.loader import BatchPlan, TrainData, ValidationData, Windows
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.reduction import GradientReduction
+from gpt2_ddp.distributed.stopping import StopRequest
+from gpt2_ddp.distributed.watchdog import Watchdog
+from gpt2_ddp.evaluation.hellaswag import Example
+from gpt2_ddp.metrics.log import RunLog
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.system.precision import Hardware, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The data of a run, checked. `fingerprint` tells the training tokens from any others."""
+
+    train: Windows
+    validation: ValidationData | None
+    hellaswag: tuple[Example, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the loop works with. `model` is the raw module; `train_model` is compiled and wrapped by DDP."""
+
+    config: TrainConfig
+    context: DistContext
+    hardware: Hardware
+    precision: Precision
+    plan: BatchPlan
+    model: GPT
+    train_model: nn.Module
+    reduction: GradientReduction
+    optimizer: torch.optim.Optimizer
+    skips: optim.SkipCount
+    guard: SpikeGuard
+    numerics: dict[str, object] | None
+    data: TrainData
+    sources: Sources
+    log: RunLog
+    writer: CheckpointWriter
+    stop: StopRequest
+    watchdog: Watchdog
+    state: TrainState
+    tokenizer: dict[str, bytes]
+
+    def close(self) -> None:
+        """End the threads and files of the run; a save in flight is finished first."""
+        self.watchdog.dismiss()
+        self.data.close()
+        self.writer.close()
+        self.log.close()
