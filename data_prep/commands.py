@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from tyro.conf import Positional
 
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
 
 from .files import KINDS, PACKED, Files
@@ -88,7 +89,7 @@ class Text(Shards):
 
     def source(self) -> Source:
         if not self.paths:
-            raise ValueError("no file given; python -m data_prep text FILE_OR_FOLDER... --out DIR")
+            raise UserError("no file given; python -m data_prep text FILE_OR_FOLDER... --out DIR")
         files = Files(paths=self.paths, text_field=self.text_field)
         if left_out := files.left_out():
             packed = " (unpack them first)" if any(suffix in left_out for suffix in PACKED) else ""
@@ -180,7 +181,7 @@ def downloaded_shakespeare(directory: Path) -> Path:
     """The text in `directory`, downloaded if it is not there.
 
     Raises:
-        ValueError: where there is no network, and for another text than the one known by its SHA-256.
+        UserError: where there is no network, and for another text than the one known by its SHA-256.
     """
     path = directory / "tinyshakespeare.txt"
     if path.is_file():
@@ -189,9 +190,9 @@ def downloaded_shakespeare(directory: Path) -> Path:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=10) as response:
             text = response.read(SHAKESPEARE_BYTES + 1)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise ValueError(f"no network for {SHAKESPEARE_URL} ({error}); give the text by --file") from error
+        raise UserError(f"no network for {SHAKESPEARE_URL} ({error}); give the text by --file") from error
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError(f"{SHAKESPEARE_URL} is not the text that was expected; give the text by --file")
+        raise UserError(f"{SHAKESPEARE_URL} is not the text that was expected; give the text by --file")
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(path, text, contested=True)
     return path

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import tiktoken
 
 from gpt2_ddp.data.shards import Tokens
-from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.model.vocabulary import EOT
 
 BATCH_CHARACTERS = 1 << 17
 DOCUMENT, CUT = "\ufdd0", "\ufdd1"

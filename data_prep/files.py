@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpt2_ddp.system.errors import UserError
+
 from .formats import PARQUET_BYTES, ParquetRows, Piece, json_documents, parquet_pieces, text_documents
 from .sources import CHUNK_BYTES
 
@@ -49,7 +51,7 @@ class Files:
         """Open every file and look at its first line, or its columns: hours before its turn may come.
 
         Raises:
-            ValueError: for one that does not begin as it should.
+            UserError: for one that does not begin as it should.
         """
         for path in _files(self.paths):
             beginning = Piece(path=path, start=0, stop=1)
@@ -91,7 +93,7 @@ class Files:
             digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"))
         if not found:
             held = f", which holds {left_out}" if (left_out := self.left_out()) else ""
-            raise ValueError(f"no {', '.join(KINDS)} file in {' '.join(self.paths)}{held}")
+            raise UserError(f"no {', '.join(KINDS)} file in {' '.join(self.paths)}{held}")
         return digest.hexdigest()
 
     def _pieces(self) -> Iterator[Piece]:
@@ -112,7 +114,7 @@ def _files(arguments: tuple[str, ...]) -> Iterator[Path]:
             yield path
         else:
             unpack = "; unpack it first" if path.suffix in PACKED else ""
-            raise ValueError(f"{path}: not a file that ends in {', '.join(KINDS)}{unpack}")
+            raise UserError(f"{path}: not a file that ends in {', '.join(KINDS)}{unpack}")
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
@@ -149,12 +151,12 @@ def _distinct(arguments: tuple[str, ...]) -> list[Path]:
         exact = os.path.lexists(argument)
         matches = [argument] if exact else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  may be absolute
         if not matches:
-            raise ValueError(f"{argument}: no such file or folder")
+            raise UserError(f"{argument}: no such file or folder")
         for match in map(Path, matches):
             if match.resolve() in paths:
-                raise ValueError(f"{match}: given twice")
+                raise UserError(f"{match}: given twice")
             paths[match.resolve()] = match
     for path in paths:
         if outer := next((parent for parent in path.parents if parent in paths), None):
-            raise ValueError(f"{paths[path]}: given twice, also as part of {paths[outer]}")
+            raise UserError(f"{paths[path]}: given twice, also as part of {paths[outer]}")
     return list(paths.values())

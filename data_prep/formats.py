@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
+
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import json_object
 
 from .sources import CONVERT, text_of
 
@@ -42,7 +44,7 @@ def text_documents(piece: Piece) -> Iterator[str]:
     """The documents of a .txt file whose numbers times `DOCUMENT_BYTES` lie in the piece.
 
     Raises:
-        ValueError: for bytes that are not UTF-8.
+        UserError: for bytes that are not UTF-8.
     """
     with open(piece.path, "rb") as file:
         file.seek(piece.start)
@@ -57,7 +59,7 @@ def text_documents(piece: Piece) -> Iterator[str]:
             yield document.decode()
         except UnicodeDecodeError as error:
             at = piece.start + end - len(document) + error.start
-            raise ValueError(f"{piece.path}: not UTF-8 text at byte {at}; {CONVERT}") from error
+            raise UserError(f"{piece.path}: not UTF-8 text at byte {at}; {CONVERT}") from error
         begin = end
 
 
@@ -79,7 +81,7 @@ def json_documents(piece: Piece, text_field: str) -> Iterator[str | None]:
     """The texts of the lines of a .jsonl file that begin within the piece.
 
     Raises:
-        ValueError: for a line that is not a JSON object with that field, by its number.
+        UserError: for a line that is not a JSON object with that field, by its number.
     """
     with open(piece.path, "rb") as file:
         if piece.start:
@@ -89,19 +91,17 @@ def json_documents(piece: Piece, text_field: str) -> Iterator[str | None]:
             if line.isspace():
                 continue
             try:
-                yield _text_of(json.loads(line), text_field)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{piece.path}, line {_line_number(piece.path, begin)}: {error}") from error
+                yield _text_of(json_object(line), text_field)
+            except UserError as error:
+                raise UserError(f"{piece.path}, line {_line_number(piece.path, begin)}: {error}") from error
 
 
-def _text_of(record: object, text_field: str) -> str | None:
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
+def _text_of(record: Mapping[str, object], text_field: str) -> str | None:
     text = record.get(text_field)
     if text_field not in record or not isinstance(text, str | None):
         found = f" ({JSON_NAMES.get(type(text), 'a number')})" if text_field in record else ""
         mend = choices(repr(name) for name, value in record.items() if isinstance(value, str))
-        raise ValueError(f"no text in {text_field!r}{found}; {mend}")
+        raise UserError(f"no text in {text_field!r}{found}; {mend}")
     return text
 
 
@@ -125,7 +125,7 @@ def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
     """The row groups of a .parquet file, each in as few pieces of like size as `PARQUET_BYTES` allow.
 
     Raises:
-        ValueError: for a file that is not Parquet or has no such column of text.
+        UserError: for a file that is not Parquet or has no such column of text.
     """
     with _open_parquet(path, text_field) as file:
         for index in range(file.metadata.num_row_groups):
@@ -150,7 +150,7 @@ class ParquetRows:
         """The texts of `piece`; rows between the last piece and this one are skipped.
 
         Raises:
-            ValueError: for a damaged file, and a row whose text is not UTF-8.
+            UserError: for a damaged file, and a row whose text is not UTF-8.
         """
         if piece.row_group != self._row_group or piece.start < self._next:
             self._row_group, self._next, self._texts = piece.row_group, 0, pyarrow.array([])
@@ -169,7 +169,7 @@ class ParquetRows:
             try:
                 values = taken.to_pylist()
             except UnicodeDecodeError as error:  # a column that calls itself text and was not checked
-                raise ValueError(f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; {CONVERT}") from error
+                raise UserError(f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; {CONVERT}") from error
             yield from (text_of(value, f"{where}, row {row}") for row, value in enumerate(values, start=first))
 
 
@@ -184,13 +184,13 @@ def _open_parquet(path: Path, text_field: str) -> Any:
 def require_text(schema: Any, text_field: str, where: str) -> None:
     """
     Raises:
-        ValueError: where the column `text_field` of the pyarrow.Schema cannot hold text, with those that can.
+        UserError: where the column `text_field` of the pyarrow.Schema cannot hold text, with those that can.
     """
     if text_field in schema.names and is_text(schema.field(text_field).type):
         return
     found = f" (it is {schema.field(text_field).type}, not text)" if text_field in schema.names else ""
     mend = choices(field.name for field in schema if is_text(field.type))
-    raise ValueError(f"{where}: no text column {text_field!r}{found}; {mend}")
+    raise UserError(f"{where}: no text column {text_field!r}{found}; {mend}")
 
 
 def is_text(kind: Any) -> bool:
@@ -220,4 +220,4 @@ def _errors_named(path: Path) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(f"{path}: not a whole Parquet file: {error}") from error
+        raise UserError(f"{path}: not a whole Parquet file: {error}") from error

@@ -14,7 +14,7 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-from gpt2_ddp.system.cli import user_error
+from gpt2_ddp.system.errors import UserError, user_error
 from gpt2_ddp.system.files import replace_file
 
 from .formats import require_text
@@ -32,7 +32,7 @@ def hub_source(
     """The column `text_field` of a data set.
 
     Raises:
-        ValueError: where the data set, its split or its column is not there, or the hub cannot be reached.
+        UserError: where the data set, its split or its column is not there, or the hub cannot be reached.
     """
     folder = config if revision == PARQUET_COPY else None
     revision = resolved_revision(name, revision)
@@ -52,7 +52,7 @@ def resolved_revision(name: str, revision: str | None) -> str:
     """The commit that `revision` (a branch or tag, `main` by default) names now; of a directory, a digest of its files.
 
     Raises:
-        ValueError: if the hub cannot be reached or has no such data set.
+        UserError: if the hub cannot be reached or has no such data set.
     """
     if Path(name).is_dir():
         return _directory_digest(Path(name))
@@ -61,17 +61,17 @@ def resolved_revision(name: str, revision: str | None) -> str:
         commit = api.dataset_info(name, revision=revision, timeout=NETWORK_SECONDS).sha
     except GatedRepoError as error:
         page = f"https://huggingface.co/datasets/{name}"
-        raise ValueError(f"{name}: for those only who asked for it on {page}; ask there, then {LOG_IN}") from error
+        raise UserError(f"{name}: for those only who asked for it on {page}; ask there, then {LOG_IN}") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{name}: has no --revision {revision}; leave it out, or choose another") from error
+        raise UserError(f"{name}: has no --revision {revision}; leave it out, or choose another") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{name}: not on the hub, or private; look at the name, or {LOG_IN}") from error
+        raise UserError(f"{name}: not on the hub, or private; look at the name, or {LOG_IN}") from error
     except OfflineModeIsEnabled:  # the user says that the data set is in the cache
         return revision or ""
     except huggingface_hub.errors.HFValidationError as error:
-        raise ValueError(f"{name}: neither a directory here nor a data set's name: {error}") from error
+        raise UserError(f"{name}: neither a directory here nor a data set's name: {error}") from error
     except Exception as error:  # which network library fails, and how, depends on huggingface_hub's version
-        raise ValueError(
+        raise UserError(
             f"{name}: no network to the Hugging Face hub ({type(error).__name__}: {error}); run this where there is "
             "one, with HF_HUB_OFFLINE=1 if the data set is in the cache, or give a directory of its files"
         ) from error
@@ -90,7 +90,7 @@ def load(
     """The datasets.Dataset, or IterableDataset if `streaming`; of `folder` in it alone, if given.
 
     Raises:
-        ValueError: for whatever the library cannot find or read, in one line.
+        UserError: for whatever the library cannot find or read, in one line.
     """
     local = Path(name).is_dir()
     with _one_line(name):
@@ -108,7 +108,7 @@ def write_hellaswag(name: str, *, split: str, revision: str | None, path: Path) 
     """HellaSwag's examples as JSON lines; the number of them. The file appears when it is whole.
 
     Raises:
-        ValueError: for an example that is not as in HellaSwag, and as `load`.
+        UserError: for an example that is not as in HellaSwag, and as `load`.
     """
     data = load(name, config=None, split=split, revision=resolved_revision(name, revision))
     lines = [json.dumps(_hellaswag_example(row, f"{name}, row {number}")) for number, row in enumerate(data)]
@@ -121,9 +121,9 @@ def _hellaswag_example(row: dict[str, Any], where: str) -> dict[str, Any]:
     texts = ("activity_label", "ctx_a", "ctx_b", "ctx", "source_id")
     missing = [field for field in (*texts, "ind", "endings", "label") if field not in row]
     if missing:
-        raise ValueError(f"{where}: no {', '.join(missing)}; is this HellaSwag?")
+        raise UserError(f"{where}: no {', '.join(missing)}; is this HellaSwag?")
     if str(row["label"]) not in ("0", "1", "2", "3") or len(row["endings"]) != 4:
-        raise ValueError(
+        raise UserError(
             f"{where}: label {row['label']!r} of {len(row['endings'])} endings; the test split has no labels"
         )
     return {
@@ -153,7 +153,7 @@ def _one_line(name: str) -> Iterator[None]:
             raise
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) else None
         told = ": ".join(" ".join(str(part).split()) or type(part).__name__ for part in (error, cause) if part)
-        raise ValueError(f"{name}: {told}{_mend(name, told)}") from error
+        raise UserError(f"{name}: {told}{_mend(name, told)}") from error
 
 
 def _mend(name: str, told: str) -> str:

@@ -28,6 +28,7 @@ from gpt2_ddp.data.shards import (
     shard_name,
     write_manifest,
 )
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import flush, flush_directory, rename, require_writable, sole_use
 
 from .encoding import EncodedChunk
@@ -45,7 +46,7 @@ class ShardPart:
         self.path, self.name, self.tokens = data_dir / (name + PART), name, tokens
         size = HEADER_BYTES + 2 * tokens
         if tokens and not (self.path.is_file() and self.path.stat().st_size >= size):
-            raise ValueError(f"{self.path}: should hold {tokens} tokens; delete {data_dir} and prepare it again")
+            raise UserError(f"{self.path}: should hold {tokens} tokens; delete {data_dir} and prepare it again")
         self._file = open(self.path, "r+b" if tokens else "w+b")  # noqa: SIM115  outlives this function
         self._file.truncate(size)
         self._file.seek(size)
@@ -109,11 +110,11 @@ class ShardWriter:
         Whether all documents fell in the validation split: then they are training data, and there is no such split.
 
         Raises:
-            ValueError: if there is no document; then everything written is removed.
+            UserError: if there is no document; then everything written is removed.
         """
         if not any(self._documents.values()):
             self._remove_all()
-            raise ValueError(f"no document with text in {self.manifest.source}")
+            raise UserError(f"no document with text in {self.manifest.source}")
         for split in list(self._parts):
             self._seal(split)
         self._commit()
@@ -175,7 +176,7 @@ def require_place(data_dir: Path) -> None:
 
     Raises:
         OSError: where shards cannot be written.
-        ValueError: if the directory holds other shards.
+        UserError: if the directory holds other shards.
     """
     require_writable(data_dir)
     if data_dir.is_dir() and read_manifest(data_dir) is None:
@@ -184,14 +185,14 @@ def require_place(data_dir: Path) -> None:
 
 def _require_no_others(data_dir: Path) -> None:
     if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
-        raise ValueError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+        raise UserError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
 
 
 def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     """The manifest to go on from: that of the directory, or `wanted` in an empty one.
 
     Raises:
-        ValueError: if the directory holds other shards, or shards of another source or other settings.
+        UserError: if the directory holds other shards, or shards of another source or other settings.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(data_dir)
@@ -202,7 +203,7 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
         return wanted
     for field, asked, found in _identity(wanted, manifest):
         if asked != found:
-            raise ValueError(
+            raise UserError(
                 f"{data_dir} was prepared with {field} {found!r}, now asked for {asked!r}; choose another --out, "
                 "or delete it"
             )
@@ -211,7 +212,7 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
         path = data_dir / record.name
         if not path.is_file() or read_shard(path).tokens != record.tokens:
             mend = f"delete {data_dir} and prepare it again"
-            raise ValueError(f"{path}: should be a shard of {record.tokens} tokens; {mend}")
+            raise UserError(f"{path}: should be a shard of {record.tokens} tokens; {mend}")
     return manifest
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 from gpt2_ddp.data.tokenizer import load_tokenizer
-from gpt2_ddp.system.cli import user_error
+from gpt2_ddp.system.errors import UserError, user_error
 
 from .encoding import EncodedChunk, Encoder
 from .sources import Source
@@ -33,7 +33,7 @@ def encoded_chunks(source: Source, first: int, workers: int) -> Iterator[Encoded
     """The chunks of `source` from number `first` on, tokenized by `workers` processes, in order.
 
     Raises:
-        ValueError: what a worker found wrong with the source.
+        UserError: what a worker found wrong with the source.
         RuntimeError: if a worker failed otherwise or died.
     """
     load_tokenizer()  # one download or one error, not one a worker
@@ -68,7 +68,7 @@ def _receive(connection: Connection) -> EncodedChunk:
     if isinstance(answer, EncodedChunk):
         return answer
     if answer.line:
-        raise ValueError(answer.line)
+        raise UserError(answer.line)
     raise RuntimeError(f"a tokenizing process failed:\n{answer.trace}")
 
 

@@ -12,6 +12,7 @@ import psutil
 from tqdm import tqdm
 
 from gpt2_ddp.data.shards import Manifest, Split, read_manifest
+from gpt2_ddp.system.errors import UserError
 
 from .output import ShardWriter, begin, locked, validation_documents
 from .pool import encoded_chunks
@@ -33,20 +34,20 @@ class Settings:
     def __post_init__(self) -> None:
         """Raise a ValueError for values that cannot be."""
         if not 1 <= self.shard_tokens <= MOST_SHARD_TOKENS:
-            raise ValueError(f"--shard-tokens is {self.shard_tokens}, should be between 1 and {MOST_SHARD_TOKENS}")
+            raise UserError(f"--shard-tokens is {self.shard_tokens}, should be between 1 and {MOST_SHARD_TOKENS}")
         if self.val_tokens is not None and self.val_fraction is not None:
-            raise ValueError("--val-tokens and --val-fraction are both given; choose one")
+            raise UserError("--val-tokens and --val-fraction are both given; choose one")
         if self.val_tokens is not None and self.val_tokens < 0:
-            raise ValueError(f"--val-tokens is {self.val_tokens}, should be 0 or more")
+            raise UserError(f"--val-tokens is {self.val_tokens}, should be 0 or more")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction is {self.val_fraction}, should be from 0 to below 1")
+            raise UserError(f"--val-fraction is {self.val_fraction}, should be from 0 to below 1")
 
 
 def prepare(source: Source, out: Path, settings: Settings, workers: int) -> Manifest:
     """Write the shards that are missing; the same ones whatever the number of workers, and after any interruption.
 
     Raises:
-        ValueError: for a source that cannot be read, and a directory that holds something else.
+        UserError: for a source that cannot be read, and a directory that holds something else.
     """
     nothing: dict[Split, int] = {"train": 0, "val": 0}
     wanted = Manifest(
@@ -72,11 +73,11 @@ def chosen_workers(workers: int | None) -> int:
     """The tokenizing processes that are asked for, or the physical cores that this process may use.
 
     Raises:
-        ValueError: where less than one is asked for.
+        UserError: where less than one is asked for.
     """
     if workers is not None:
         if workers < 1:
-            raise ValueError(f"--workers is {workers}, should be 1 or more")
+            raise UserError(f"--workers is {workers}, should be 1 or more")
         return workers
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical

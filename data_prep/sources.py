@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gpt2_ddp.system.errors import UserError
+
 STREAM_ROWS = 256
 """Rows of a streamed data set in a chunk: a fixed number, so that a restart can skip whole chunks."""
 CHUNK_BYTES = 1 << 21
@@ -21,7 +23,7 @@ def text_of(value: object, where: str) -> str | None:
     """The text that a row holds: a string, or bytes of UTF-8; None where it holds nothing.
 
     Raises:
-        ValueError: for anything else, with `where` it is.
+        UserError: for anything else, with `where` it is.
     """
     if value is None or isinstance(value, str):
         return value
@@ -29,8 +31,8 @@ def text_of(value: object, where: str) -> str | None:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 text at byte {error.start} of it; {CONVERT}") from error
-    raise ValueError(f"{where}: {type(value).__name__}, not text; choose another --text-field")
+            raise UserError(f"{where}: not UTF-8 text at byte {error.start} of it; {CONVERT}") from error
+    raise UserError(f"{where}: {type(value).__name__}, not text; choose another --text-field")
 
 
 class Source(Protocol):
@@ -120,7 +122,7 @@ class DatasetStream:
             try:
                 values = [row[self.field] for row in itertools.islice(rows, STREAM_ROWS)]
             except Exception as error:  # whatever the library's network stack raises
-                raise ValueError(
+                raise UserError(
                     f"{self.name}: stopped after row {number * STREAM_ROWS} ({type(error).__name__}: {error}); run the "
                     "same command again to go on, and if it stops there again, a file of the data set is damaged"
                 ) from error

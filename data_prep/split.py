@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2_ddp.data.shards import Tokens
-from gpt2_ddp.data.tokenizer import EOT
+from gpt2_ddp.model.vocabulary import EOT
 
 from .encoding import document_digest
 

@@ -10,6 +10,7 @@ from eval.model_choice import ModelChoice, open_model
 from eval.published import published_for
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.evaluation.hellaswag import HellaSwagResult, evaluate, read_examples
+from gpt2_ddp.system.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class HellaSwag(ModelChoice):
     def run(self) -> None:
         """Print the table, and write the JSON if asked to."""
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit {self.limit}: give 1 or more")
+            raise UserError(f"--limit {self.limit}: give 1 or more")
         examples = read_examples(self.data, self.limit)
         with open_model(self) as opened:
             result = evaluate(

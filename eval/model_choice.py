@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from eval.run_state import died
-from gpt2_ddp.checkpoint.files import read_json
 from gpt2_ddp.distributed.context import DistContext, open_context
 from gpt2_ddp.metrics.log import warn
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import find_model, load_model
 from gpt2_ddp.system.allocator import keep_freed_memory
 from gpt2_ddp.system.cli import tell
-from gpt2_ddp.system.files import replace_file, require_writable
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json, replace_file, require_writable
 from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
 
 
@@ -39,7 +39,7 @@ class ModelChoice:
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.sequence_length < 1:
-            raise ValueError(f"--sequence-length {self.sequence_length}: give 1 or more")
+            raise UserError(f"--sequence-length {self.sequence_length}: give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
     """The chosen model on every rank.
 
     Raises:
-        ValueError: on every rank, where any of them cannot load it.
+        UserError: on every rank, where any of them cannot load it.
     """
     with open_context(choice.device) as context:
         if context.device.type == "cpu":
@@ -108,10 +108,10 @@ def choose_length(asked: int | None, path: Path, block_size: int) -> tuple[int, 
     every model has as many as its `block_size`.
 
     Raises:
-        ValueError: for more than the model takes, or a checkpoint that tells no such length.
+        UserError: for more than the model takes, or a checkpoint that tells no such length.
     """
     if asked is not None and asked > block_size:
-        raise ValueError(f"--sequence-length {asked} is past the model's {block_size}")
+        raise UserError(f"--sequence-length {asked} is past the model's {block_size}")
     trained = trained_length(path, block_size)
     if asked is None or trained is None or asked <= trained:
         return asked or trained or block_size, None
@@ -122,7 +122,7 @@ def trained_length(path: Path, block_size: int) -> int | None:
     """The length of the sequences that the run of a checkpoint was trained with; None for a model from elsewhere.
 
     Raises:
-        ValueError: where the checkpoint says something else than a length up to `block_size`.
+        UserError: where the checkpoint says something else than a length up to `block_size`.
     """
     file = path / "trainer_state.json"
     if not file.is_file():
@@ -130,5 +130,5 @@ def trained_length(path: Path, block_size: int) -> int | None:
     config = read_json(file).get("config")
     length = config.get("sequence_length") if isinstance(config, dict) else None
     if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= block_size:
-        raise ValueError(f"{file}: config.sequence_length cannot be {str(length)[:40]!r}")
+        raise UserError(f"{file}: config.sequence_length cannot be {str(length)[:40]!r}")
     return length

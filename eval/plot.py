@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from eval.published import CHANCE, published_for
 from eval.run_state import died
 from gpt2_ddp.evaluation.hellaswag import PROTOCOLS
 from gpt2_ddp.system.cli import tell
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import json_object
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ class Plot:
     def run(self) -> None:
         """Write the picture and say where it is."""
         if not self.runs:
-            raise ValueError("no run to plot: name at least one run directory")
+            raise UserError("no run to plot: name at least one run directory")
         figure = draw([read_history(path) for path in self.runs], run_names(self.runs))
         figure.savefig(self.out, format="png", dpi=120)
         for line in filter(None, map(died, self.runs)):
@@ -87,11 +88,11 @@ def read_history(run: Path) -> History:
     """The curves in a run directory or a metrics.jsonl file; a last line that is torn is left out.
 
     Raises:
-        ValueError: naming the file and the line that is not a metric, or a file without a single one.
+        UserError: naming the file and the line that is not a metric, or a file without a single one.
     """
     path = run / "metrics.jsonl" if run.is_dir() else run
     if not path.is_file():
-        raise ValueError(f"no metrics at {path}: give a run directory, or its metrics.jsonl")
+        raise UserError(f"no metrics at {path}: give a run directory, or its metrics.jsonl")
     curves = [Curve([], []) for _ in PANELS]
     protocols = set()
     for event in _events(path):
@@ -104,7 +105,7 @@ def read_history(run: Path) -> History:
                 curve.steps.append(event["step"])
                 curve.values.append(value * panel.scale)
     if not any(curve.steps for curve in curves):
-        raise ValueError(f"{path} has nothing to plot yet")
+        raise UserError(f"{path} has nothing to plot yet")
     return History(curves=curves, protocols=protocols)
 
 
@@ -114,14 +115,14 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = json_object(line)
+        except UserError:
             if number == len(lines):  # torn: every whole line ends in a newline
                 return
-            raise ValueError(f"{path}, line {number}: not JSON") from None
-        step = event.get("step") if isinstance(event, dict) else None
+            raise UserError(f"{path}, line {number}: not JSON") from None
+        step = event.get("step")
         if not isinstance(step, int) or not 0 <= step < LARGEST or "event" not in event:
-            raise ValueError(f"{path}, line {number}: not an object with an event and a step")
+            raise UserError(f"{path}, line {number}: not an object with an event and a step")
         yield event
 
 
@@ -135,7 +136,7 @@ def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
     """The picture: a panel for each quantity that any run has, a colour for each run.
 
     Raises:
-        ValueError: where matplotlib is not installed.
+        UserError: where matplotlib is not installed.
     """
     try:
         from matplotlib import colormaps
@@ -143,7 +144,7 @@ def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
         from matplotlib.lines import Line2D
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install -e '.[plot]' in the checkout") from None
+        raise UserError("plots need matplotlib: pip install -e '.[plot]' in the checkout") from None
     shown = [index for index in range(len(PANELS)) if any(history.curves[index].steps for history in histories)]
     last = 1.02 * max(max(curve.steps, default=0) for history in histories for curve in history.curves) or 1
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from datetime import datetime
 from pathlib import Path
 
 import psutil
+
+from gpt2_ddp.system.files import read_json
 
 
 def died(run: Path) -> str | None:
@@ -16,7 +17,7 @@ def died(run: Path) -> str | None:
     Known it is on the machine of the run alone. A process of that number which began later is another one.
     """
     try:
-        status = json.loads((run / "status.json").read_bytes())
+        status = read_json(run / "status.json")
         running = status["state"] == "running" and status["host"] == socket.gethostname()
         pid, written = int(status["pid"]), datetime.strptime(status["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except (OSError, ValueError, KeyError, TypeError):  # no run, an older one, or a file that is not ours

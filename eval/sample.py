@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eval.model_choice import ModelChoice, open_model
-from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.model.vocabulary import EOT
+from gpt2_ddp.system.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Sample(ModelChoice):
     def run(self) -> None:
         """Print the texts, and write the JSON if asked to."""
         if self.count < 1:
-            raise ValueError(f"--count {self.count}: give 1 or more")
+            raise UserError(f"--count {self.count}: give 1 or more")
         encoding = load_tokenizer()
         prompt = [EOT, *encoding.encode_ordinary(self.prompt)]  # as documents begin in training
         with open_model(self) as opened:

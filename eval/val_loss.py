@@ -18,6 +18,7 @@ from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPTConfig
 from gpt2_ddp.model.kernels import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model.memory import USABLE
+from gpt2_ddp.system.errors import UserError
 
 BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens in a micro-batch past which a device is expected to work no faster."""
@@ -37,7 +38,7 @@ class ValLoss(ModelChoice):
     def run(self) -> None:
         """Print the loss, and write the JSON if asked to."""
         if self.micro_batch_size != "auto" and self.micro_batch_size < 1:
-            raise ValueError(f"--micro-batch-size {self.micro_batch_size}: give 1 or more")
+            raise UserError(f"--micro-batch-size {self.micro_batch_size}: give 1 or more")
         shards = find_shards(self.data_dir, "val")
         with open_model(self) as opened:
             length, size = opened.sequence_length, self.micro_batch_size
@@ -47,7 +48,7 @@ class ValLoss(ModelChoice):
                 micro_batch_size=chosen_micro_batch(opened) if size == "auto" else size,
             )
             if data.sequences < 1:
-                raise ValueError(
+                raise UserError(
                     f"not one sequence of {length} tokens in --val-tokens {self.val_tokens} and the validation "
                     f"shards of {self.data_dir}: give a smaller --sequence-length"
                 )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from gpt2_ddp.model.gpt import SIZES, model_config
+from gpt2_ddp.system.errors import UserError
 
 FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size")
 """What must not change within a run, beside the data itself."""
@@ -115,7 +116,7 @@ class TrainConfig:
         """Refuse what cannot be, all faults at once.
 
         Raises:
-            ValueError: naming each bad flag, what it is and what it may be.
+            UserError: naming each bad flag, what it is and what it may be.
         """
         faults = []
         block_size = model_config(self.model).block_size
@@ -137,7 +138,7 @@ class TrainConfig:
         if not 0 < self.timeout < math.inf:
             faults.append(f"--timeout {self.timeout} must be positive")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise UserError("; ".join(faults))
 
     @property
     def final_lr(self) -> float:

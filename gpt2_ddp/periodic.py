@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.evaluation import hellaswag
@@ -22,7 +21,7 @@ from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.run import Run
-from gpt2_ddp.system.files import replace_file
+from gpt2_ddp.system.files import read_json, replace_file
 from gpt2_ddp.system.precision import peak_flops
 
 SAMPLE_PROMPT = "Language is"
@@ -77,7 +76,7 @@ def note_start(run: Run) -> None:
     if not run.context.is_main:
         return
     file = run.config.out_dir / "config.json"
-    starts = checkpoint.read_json(file).get("starts", []) if file.exists() else []
+    starts = read_json(file).get("starts", []) if file.exists() else []
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": run.state.step,

@@ -20,7 +20,6 @@ from gpt2_ddp.checkpoint.files import (
     faults,
     newest_good,
     prune,
-    read_json,
     read_tensors,
     set_aside,
     step_name,
@@ -30,6 +29,7 @@ from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import load_model
+from gpt2_ddp.system.files import read_json
 
 TENSORS = {
     "float32": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 from eval.hellaswag import HellaSwag
 from eval.sample import Sample
 from eval.val_loss import ValLoss
-from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.hellaswag import evaluate, read_examples
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import load_model
+from gpt2_ddp.model.vocabulary import EOT
 
 ON_CPU = ["--device", "cpu", "--dtype", "float32"]
 

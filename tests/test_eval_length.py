@@ -17,12 +17,13 @@ from eval.hellaswag import HellaSwag
 from eval.model_choice import ModelChoice, choose_length, open_model
 from eval.sample import Sample
 from eval.val_loss import ValLoss, forward_memory, largest_micro_batch
-from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.hellaswag import evaluate, read_examples
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.huggingface import load_model
+from gpt2_ddp.model.vocabulary import EOT
 
 BLOCK, TRAINED = 160, 24
 

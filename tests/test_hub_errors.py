@@ -17,7 +17,7 @@ from data_prep_runs import documents, refused
 
 from data_prep.hub import hub_source, resolved_revision
 from data_prep.sources import DatasetStream, Source
-from gpt2_ddp.system.cli import user_error
+from gpt2_ddp.system.errors import user_error
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt2_ddp.data.tokenizer import EOT
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.hellaswag import Question, score
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.huggingface import hf_config, to_hf
+from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system import precision
 from gpt2_ddp.system.precision import attention_backends
 

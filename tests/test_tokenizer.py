@@ -13,8 +13,8 @@ import pytest
 import transformers
 from running import ROOT, environment, run
 
-from gpt2_ddp.data import shards
-from gpt2_ddp.data.tokenizer import EOT, PADDED_VOCAB_SIZE, VOCAB_SIZE, load_tokenizer, tokenizer_files
+from gpt2_ddp.data.tokenizer import load_tokenizer, tokenizer_files
+from gpt2_ddp.model.vocabulary import EOT, PADDED_VOCAB_SIZE, VOCAB_SIZE
 
 VOCABULARY_SHA256 = {
     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -54,7 +54,7 @@ def test_transformers_reads_the_files_and_gives_the_same_ids(directory: Path) ->
         ids = ours.encode(text, allowed_special="all")
         assert theirs(text)["input_ids"] == ids
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert len(theirs) == VOCAB_SIZE == ours.n_vocab == shards.VOCAB_SIZE
+    assert len(theirs) == VOCAB_SIZE == ours.n_vocab
     assert theirs.eos_token_id == theirs.bos_token_id == EOT == ours.eot_token
     assert PADDED_VOCAB_SIZE % 128 == 0
 

@@ -31,7 +31,7 @@ from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.optim.spikes import SpikeGuard
-from gpt2_ddp.system import cli
+from gpt2_ddp.system.errors import user_error
 
 FUZZ = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "150")),
@@ -65,7 +65,7 @@ def one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        line = cli.user_error(error)
+        line = user_error(error)
         assert line is not None, "a traceback"
         assert len(line.splitlines()) == 1
         assert len(line) < LONGEST_LINE

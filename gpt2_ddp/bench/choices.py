@@ -22,9 +22,11 @@ import numpy as np
 
 from gpt2_ddp.bench.ladder import Shapes
 from gpt2_ddp.data.shards import write_shard
-from gpt2_ddp.data.tokenizer import VOCAB_SIZE
 from gpt2_ddp.model.gpt import model_config
+from gpt2_ddp.model.vocabulary import VOCAB_SIZE
 from gpt2_ddp.system.allocator import PRELOAD, find_tcmalloc
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json
 from gpt2_ddp.system.precision import COMPILE_FLOPS
 
 PATIENCE = 2.5
@@ -116,7 +118,7 @@ def train(trial: Trial, shapes: Shapes, device: str, folder: Path, patience: flo
     """Train on the tokens in `folder`/data, for at most `patience` seconds.
 
     Raises:
-        ValueError: with the last thing that the trainer said, where it failed.
+        UserError: with the last thing that the trainer said, where it failed.
     """
     out_dir = Path(tempfile.mkdtemp(dir=folder))
     command = [
@@ -141,7 +143,7 @@ def train(trial: Trial, shapes: Shapes, device: str, folder: Path, patience: flo
             process.wait()
     if status:
         said = [line for line in (out_dir / "output").read_text().splitlines() if line.startswith("error: ")]
-        raise ValueError(f"{trial.choice} {trial.name} failed{''.join(f': {line}' for line in said[:1])}")
+        raise UserError(f"{trial.choice} {trial.name} failed{''.join(f': {line}' for line in said[:1])}")
     return trained(out_dir / "run", start, patience)
 
 
@@ -150,7 +152,7 @@ def trained(run: Path, start: float, patience: float) -> Trained:
     files = run / "config.json", run / "metrics.jsonl"
     if not all(file.exists() for file in files):
         return Trained(seconds=(), start_seconds=patience, dtype="", micro_batch_size=0)
-    noted = json.loads(files[0].read_text())
+    noted = read_json(files[0])
     events = [json.loads(line) for line in files[1].read_text().split("\n")[:-1]]
     return Trained(
         seconds=tuple(event["step_ms"] / 1000 for event in events if event["event"] == "train")[1:],
@@ -170,7 +172,7 @@ def try_all(shapes: Shapes, device: str, repeats: int, folder: Path) -> list[Out
     began = time.time()
     taken = train(auto, shapes, device, folder, COMPILE_PATIENCE)
     if not taken.seconds:
-        raise ValueError(f"not two steps in {COMPILE_PATIENCE:.0f} s: give a smaller --total-batch-size or --model")
+        raise UserError(f"not two steps in {COMPILE_PATIENCE:.0f} s: give a smaller --total-batch-size or --model")
     patience = PATIENCE * (time.time() - began)
     trials = alternatives(auto, taken, shapes, device)
     seen: dict[Trial, list[Trained]] = {auto: [taken]}

@@ -29,6 +29,7 @@ from gpt2_ddp.distributed.context import DistContext, choose_device, open_contex
 from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.system import cli
 from gpt2_ddp.system.allocator import PRELOAD, find_tcmalloc, preloaded
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import require_writable
 from gpt2_ddp.system.precision import found_hardware
 
@@ -64,10 +65,10 @@ class Bench:
         """What is computed on `device`: these flags, and for those that are not given, what lets it be judged.
 
         Raises:
-            ValueError: for shapes that cannot be.
+            UserError: for shapes that cannot be.
         """
         if self.repeats is not None and self.repeats < 1:
-            raise ValueError("--repeats must be at least 1")
+            raise UserError("--repeats must be at least 1")
         usual: dict[str, Any] = {
             "model": "gpt2-mini",
             "sequence_length": 256,
@@ -136,9 +137,9 @@ def main() -> None:
         rungs = [*ladder(device), *attention_rungs()]
         chosen = [rung for rung in rungs if rung.name == bench.rung]
         if not chosen:
-            raise ValueError(f"--rung {bench.rung!r}: choose one of {[rung.name for rung in rungs]}")
+            raise UserError(f"--rung {bench.rung!r}: choose one of {[rung.name for rung in rungs]}")
         if chosen[0].tcmalloc and not preloaded(find_tcmalloc()):
-            raise ValueError(f"--rung {bench.rung!r}: start it with {PRELOAD}={find_tcmalloc()}")
+            raise UserError(f"--rung {bench.rung!r}: start it with {PRELOAD}={find_tcmalloc()}")
         seconds, measured = measure(shapes, chosen[0], DistContext(device=device))
         print(json.dumps({"seconds": seconds, "measured": asdict(measured)}))
         return
@@ -167,13 +168,13 @@ def require_places(bench: Bench) -> None:
 
     Raises:
         OSError: where a file that is asked for cannot be written.
-        ValueError: where the picture cannot be drawn.
+        UserError: where the picture cannot be drawn.
     """
     for path in filter(None, (bench.json, bench.plot)):
         require_writable(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
     if bench.plot and not importlib.util.find_spec("matplotlib"):
-        raise ValueError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"')
+        raise UserError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"')
 
 
 def compare_choices(shapes: Shapes, device: torch.device, repeats: int) -> list[Outcome]:

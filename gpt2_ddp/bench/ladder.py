@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ddp.data.tokenizer import VOCAB_SIZE
 from gpt2_ddp.distributed.context import DistContext, grad_sync
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.kernels import BlockAttention
+from gpt2_ddp.model.vocabulary import VOCAB_SIZE
 from gpt2_ddp.optim.optimizer import allocate_state, apply_update, parameter_groups
 from gpt2_ddp.system.allocator import find_tcmalloc, keep_freed_memory
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed, peak_flops
 
 LEARNING_RATE = 6e-4
@@ -41,12 +42,12 @@ class Shapes:
     def __post_init__(self) -> None:
         tokens = self.micro_batch_size * self.sequence_length
         if min(tokens, self.steps) < 1 or self.total_batch_size % max(tokens, 1):
-            raise ValueError(
+            raise UserError(
                 f"--total-batch-size {self.total_batch_size} must be a multiple of the {tokens} tokens of a "
                 "micro-batch, and --steps at least 1"
             )
         if self.sequence_length > model_config(self.model).block_size:
-            raise ValueError(f"--sequence-length {self.sequence_length} is past the model's block size")
+            raise UserError(f"--sequence-length {self.sequence_length} is past the model's block size")
 
 
 @dataclass(frozen=True, kw_only=True)

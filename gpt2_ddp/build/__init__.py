@@ -38,6 +38,7 @@ from gpt2_ddp.model.memory import parameter_count
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.run import Run, Sources
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
 
@@ -51,7 +52,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     """Check what a user can have got wrong, then build the run, whose directory and DDP `held` lets go; collective.
 
     Raises:
-        ValueError: for the user's mistakes, with the same outcome on every rank.
+        UserError: for the user's mistakes, with the same outcome on every rank.
     """
     hardware = found_hardware(context.device)
     dtype, said_of_dtype = settle_dtype(config, context, hardware)
@@ -119,7 +120,7 @@ def hold_directory(out_dir: Path, held: ExitStack) -> None:
     """Make the run directory and keep other trainers out of it.
 
     Raises:
-        ValueError: where another one is at work there.
+        UserError: where another one is at work there.
     """
     (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     refusal = f"{out_dir} is in use by another trainer: end it, or choose another --out-dir"
@@ -138,7 +139,7 @@ def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> r
     """What the run goes on from, its directory held; where it begins anew, the disk is large enough for it.
 
     Raises:
-        ValueError: as `hold_directory`, `resume.find_resume` and `require_room`.
+        UserError: as `hold_directory`, `resume.find_resume` and `require_room`.
     """
     hold_directory(config.out_dir, held)
     found = resume.find_resume(config, data_fingerprint)
@@ -150,12 +151,12 @@ def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> r
 def require_room(config: TrainConfig) -> None:
     """
     Raises:
-        ValueError: where not even one checkpoint fits on the disk of the run directory.
+        UserError: where not even one checkpoint fits on the disk of the run directory.
     """
     needed = CHECKPOINT_BYTES * parameter_count(model_config(config.model))
     disk = shutil.disk_usage(config.out_dir)
     if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
-        raise ValueError(
+        raise UserError(
             f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB; "
             f"{disk.free >> 20} MiB are free: make room, or choose another --out-dir"
         )
@@ -176,7 +177,7 @@ def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan) ->
     """The data of the run, the same on every rank; collective.
 
     Raises:
-        ValueError: for what is missing, broken, too little, or another one on some rank.
+        UserError: for what is missing, broken, too little, or another one on some rank.
     """
     sources = context.together(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
@@ -187,7 +188,7 @@ def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
     """Find and check the training, validation and HellaSwag data that the configuration asks for.
 
     Raises:
-        ValueError: for what is missing, broken or too little.
+        UserError: for what is missing, broken or too little.
     """
     train_shards = find_shards(config.data_dir, "train")
     train = Windows(train_shards, config.sequence_length)
@@ -196,7 +197,7 @@ def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
     if config.val_every:
         windows = Windows(find_shards(config.data_dir, "val"), config.sequence_length)
         if not len(windows):
-            raise ValueError(
+            raise UserError(
                 f"the validation shards in {config.data_dir} hold no window of {config.sequence_length} tokens: "
                 "prepare more, or switch validation off with --val-every 0"
             )
@@ -226,7 +227,7 @@ def open_boards(config: TrainConfig, context: DistContext, step: int) -> list[As
     """The boards that rank 0 was asked to show the run on.
 
     Raises:
-        ValueError: where one cannot be opened.
+        UserError: where one cannot be opened.
     """
     boards: list[Aside] = []
     if config.tensorboard and context.is_main:

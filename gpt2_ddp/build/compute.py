@@ -19,7 +19,7 @@ from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.system.allocator import keep_freed_memory
-from gpt2_ddp.system.cli import OneRankError
+from gpt2_ddp.system.errors import OneRankError, UserError
 from gpt2_ddp.system.precision import Hardware, Precision, choose_compile
 
 
@@ -46,7 +46,7 @@ def start_weights(config: TrainConfig, found: Resume, context: DistContext) -> G
     source = found.path or pretrained.find_model(str(config.init_from))
     loaded = pretrained.load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
     if loaded.config != model.config:
-        raise ValueError(f"{source} is no {config.model}: it has {loaded.config}")
+        raise UserError(f"{source} is no {config.model}: it has {loaded.config}")
     return loaded.to(context.device)
 
 
@@ -61,7 +61,7 @@ def choose_numerics(
     """What bits depend on beside the configuration, checked against every rank and the resumed run.
 
     Raises:
-        ValueError: where it differs, or the micro-batches and ranks make no full binary tree.
+        UserError: where it differs, or the micro-batches and ranks make no full binary tree.
     """
     numerics: dict[str, object] = {
         "device": hardware.name,
@@ -105,7 +105,7 @@ def trainable(
     process would add the gradients of its first step in another order than the uninterrupted one did.
 
     Raises:
-        ValueError: where a micro-batch does not fit into a GPU's memory.
+        UserError: where a micro-batch does not fit into a GPU's memory.
     """
     train_model: nn.Module = model
     if compiles(config, hardware):

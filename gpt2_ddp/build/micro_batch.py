@@ -17,6 +17,7 @@ from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
 from gpt2_ddp.optim.optimizer import allocate_state, make_optimizer, zero_gradients
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import Hardware, Precision
 
 
@@ -46,14 +47,14 @@ def settle_micro_batch(
 def require_fit(config: GPTConfig, device: torch.device) -> None:
     """
     Raises:
-        ValueError: where the GPU cannot hold the weights, gradients and moments, whatever the micro-batch.
+        UserError: where the GPU cannot hold the weights, gradients and moments, whatever the micro-batch.
     """
     if device.type != "cuda":
         return
     there = torch.cuda.get_device_properties(device).total_memory
     needed = training_memory(config, micro_batch_size=1, sequence_length=1, dtype=torch.float32, device_type="cuda")
     if needed.fixed > there:
-        raise ValueError(
+        raise UserError(
             f"{gib(needed.weights)} of weights, {gib(needed.gradients)} of gradients and {gib(needed.moments)} of "
             f"moments are {gib(needed.fixed)}, and {torch.cuda.get_device_name(device)} has {gib(there)}: "
             "train a smaller --model"
@@ -76,11 +77,11 @@ def choose_micro_batch(
     drawn and no data is read.
 
     Raises:
-        ValueError: where not one sequence fits, or the ranks do not divide a step.
+        UserError: where not one sequence fits, or the ranks do not divide a step.
     """
     share, rest = divmod(sequences_per_step, context.world_size)
     if rest:
-        raise ValueError(f"{sequences_per_step} sequences a step do not divide by {context.world_size} ranks")
+        raise UserError(f"{sequences_per_step} sequences a step do not divide by {context.world_size} ranks")
     candidates = [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
     free, device_memory = find_memory(context)
     fits = fits_into(
@@ -106,7 +107,7 @@ def choose_micro_batch(
         smaller = [candidate for candidate in reversed(candidates) if candidate <= max(1, size)]
         size = first_running(smaller, trial.runs, context)
     if not size:
-        raise ValueError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")
+        raise UserError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")
     return size
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.system import files as disk
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json
 
 Content = bytes | Mapping[str, Any] | Mapping[str, Tensor]
 
@@ -26,8 +28,6 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 CHUNK = 1 << 22
-MAX_JSON_BYTES = 16 << 20
-"""A vocabulary has 1 MB."""
 
 
 def step_name(step: int) -> str:
@@ -162,7 +162,7 @@ def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
     Broken ones that are newer are set aside under a name that says so.
 
     Raises:
-        ValueError: where there are checkpoints and all are broken; none of them is touched.
+        UserError: where there are checkpoints and all are broken; none of them is touched.
     """
     broken: list[tuple[Path, str]] = []
     for path in checkpoints(directory):
@@ -173,7 +173,7 @@ def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
         broken.append((path, ", ".join(problems)))
     if broken:
         listed = "; ".join(f"{path.name}: {what}" for path, what in broken)
-        raise ValueError(f"every checkpoint in {directory} is broken ({listed}): restore one, or use another --out-dir")
+        raise UserError(f"every checkpoint in {directory} is broken ({listed}): restore one, or use another --out-dir")
     return None, []
 
 
@@ -181,20 +181,20 @@ def named(path: Path) -> tuple[Path, list[str]]:
     """The checkpoint `path`, or the newest good one of the run directory `path`, and what was passed over in it.
 
     Raises:
-        ValueError: where there is none, or none that verifies; nothing is touched.
+        UserError: where there is none, or none that verifies; nothing is touched.
     """
     directory = next((place for place in (path / "checkpoints", path) if checkpoints(place)), None)
     if directory is None:
         if problems := faults(path):
             mend = "give a run directory, or a step_... folder of its checkpoints"
-            raise ValueError(f"cannot resume from {path}: {', '.join(problems)}; {mend}")
+            raise UserError(f"cannot resume from {path}: {', '.join(problems)}; {mend}")
         return path, []
     passed_over: list[str] = []
     for found in checkpoints(directory):
         if not (problems := faults(found)):
             return found, passed_over
         passed_over.append(f"{found} is broken ({', '.join(problems)}); passed over")
-    raise ValueError(f"cannot resume from {path}: {'; '.join(passed_over)}; give another run or checkpoint")
+    raise UserError(f"cannot resume from {path}: {'; '.join(passed_over)}; give another run or checkpoint")
 
 
 def set_aside(path: Path, why: str) -> Path:
@@ -223,28 +223,11 @@ def prune(directory: Path, keep: int) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: where the file holds something else, or more than anything of ours.
-    """
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than {MAX_JSON_BYTES}")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
-
-
 def read_tensors(path: Path) -> Mapping[str, Tensor]:
     """The named tensors of a safetensors file, on the CPU, each read when it is asked for and kept by who asked.
 
     Raises:
-        ValueError: where it is not one.
+        UserError: where it is not one.
     """
     return _TensorFile(path)
 
@@ -275,4 +258,4 @@ class _TensorFile(Mapping[str, Tensor]):
         try:
             yield
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{self._path} is not a safetensors file: {error}") from None
+            raise UserError(f"{self._path} is not a safetensors file: {error}") from None

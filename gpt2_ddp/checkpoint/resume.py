@@ -19,6 +19,8 @@ from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json
 from gpt2_ddp.system.precision import DTYPES
 
 COUNTS = ("step", "tokens_seen", "skipped", "skipped_in_a_row")
@@ -89,14 +91,14 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
     """What `--resume` means in this run directory. Runs on rank 0, whose disk alone has to have the checkpoints.
 
     Raises:
-        ValueError: where the run there has another model, seed, batch or data, or nothing good is left of it.
+        UserError: where the run there has another model, seed, batch or data, or nothing good is left of it.
     """
     directory, config_file = config.out_dir / "checkpoints", config.out_dir / "config.json"
     (config.out_dir / ".writable").touch()
     (config.out_dir / ".writable").unlink()
     if config.resume == "never":
         if config_file.exists() or checkpoint.checkpoints(directory):
-            raise ValueError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
+            raise UserError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
         return Resume()
     said: list[str] = []
     path: Path | None
@@ -106,7 +108,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Resume:
         path, said = checkpoint.named(Path(config.resume))
     if path is None:
         if config_file.exists():
-            require_same_run(config, checkpoint.read_json(config_file), data_fingerprint)
+            require_same_run(config, read_json(config_file), data_fingerprint)
             said.append(f"{config.out_dir} holds a run without a checkpoint: starting it again from step 0")
         return Resume(said=said)
     state = read_state(path)
@@ -148,7 +150,7 @@ def rate_after(config: TrainConfig, step: int) -> float:
 def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:
     """The micro-batch of the run in --out-dir, which a resume should keep; None where there is none that divides."""
     file = config.out_dir / "config.json"
-    saved = checkpoint.read_json(file).get("config") if config.resume == "auto" and file.exists() else None
+    saved = read_json(file).get("config") if config.resume == "auto" and file.exists() else None
     size = saved.get("micro_batch_size") if isinstance(saved, dict) else None
     if not isinstance(size, int) or size < 1 or config.total_batch_size % (size * config.sequence_length * world_size):
         return None
@@ -164,7 +166,7 @@ def saved_dtype(config: TrainConfig, device_type: str) -> str | None:
     run_dir = config.out_dir if config.resume == "auto" else Path(config.resume).resolve().parent.parent
     file = run_dir / "config.json"
     try:
-        starts = checkpoint.read_json(file).get("starts") if config.resume != "never" and file.exists() else None
+        starts = read_json(file).get("starts") if config.resume != "never" and file.exists() else None
     except ValueError:
         return None
     last = starts[-1] if isinstance(starts, list) and starts else None
@@ -178,10 +180,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """The trainer_state.json of a checkpoint.
 
     Raises:
-        ValueError: where a field that training goes on from is missing or cannot be what it should be.
+        UserError: where a field that training goes on from is missing or cannot be what it should be.
     """
     file = path / "trainer_state.json"
-    state = checkpoint.read_json(file)
+    state = read_json(file)
     guard, scaler = state.get("spike_guard"), state.get("scaler")
     good = {
         **{name: _is_count(state.get(name)) for name in COUNTS},
@@ -197,7 +199,7 @@ def read_state(path: Path) -> dict[str, Any]:
     }
     for name, is_good in good.items():
         if not is_good:
-            raise ValueError(f"{file}: {name} cannot be {json.dumps(state.get(name))[:60]}")
+            raise UserError(f"{file}: {name} cannot be {json.dumps(state.get(name))[:60]}")
     return state
 
 
@@ -212,25 +214,25 @@ def _is_finite(value: object) -> bool:
 def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprint: str) -> None:
     """
     Raises:
-        ValueError: naming each field that must not change within a run and did.
+        UserError: naming each field that must not change within a run and did.
     """
     saved_config = saved.get("config")
     found = differences(saved_config if isinstance(saved_config, dict) else {}, config)
     if saved.get("data_fingerprint") != data_fingerprint:
         found.append(f"the tokens in --data-dir {config.data_dir} are not those the run was trained on")
     if found:
-        raise ValueError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir")
+        raise UserError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir")
 
 
 def find_checkpoint(directory: Path) -> Resume:
     """The newest good checkpoint of a run that goes back to it.
 
     Raises:
-        ValueError: where there is none.
+        UserError: where there is none.
     """
     path, said = checkpoint.newest_good(directory)
     if path is None:
-        raise ValueError(f"{directory} holds no checkpoint to go back to")
+        raise UserError(f"{directory} holds no checkpoint to go back to")
     return Resume(path=path, state=read_state(path), said=said)
 
 

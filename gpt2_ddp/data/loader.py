@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.data.shards import OpenShard, Shard, check_tokens
-from gpt2_ddp.system.cli import OneRankError, user_error
+from gpt2_ddp.system.errors import OneRankError, UserError, user_error
 
 Indices = npt.NDArray[np.int64]
 
@@ -36,7 +36,7 @@ class BatchPlan:
     """How a step's tokens are divided over ranks and micro-steps; the only place where accumulation is derived.
 
     Raises:
-        ValueError: where they do not divide, with the nearest batch sizes that do.
+        UserError: where they do not divide, with the nearest batch sizes that do.
     """
 
     micro_batch_size: int
@@ -49,7 +49,7 @@ class BatchPlan:
         if self.total_batch_size % unit:
             below = self.total_batch_size // unit * unit
             nearest = f"{below} or {below + unit}" if below else f"{unit}"
-            raise ValueError(
+            raise UserError(
                 f"--total-batch-size {self.total_batch_size} is not a multiple of {unit} = micro-batch "
                 f"{self.micro_batch_size} x {self.sequence_length} tokens x {self.world_size} ranks: use {nearest}"
             )
@@ -117,7 +117,7 @@ class Windows:
         """The tokens of `windows` (n,) as int64 (n, sequence_length + 1).
 
         Raises:
-            ValueError: where a token is past the vocabulary, naming the shard.
+            UserError: where a token is past the vocabulary, naming the shard.
         """
         numbers = np.searchsorted(self._ends, windows, side="right")
         firsts = ((windows - self._begins[numbers]) * self.sequence_length).tolist()
@@ -139,7 +139,7 @@ def require_one_step(windows: Windows, plan: BatchPlan) -> None:
         micro = min(plan.micro_batch_size, most // ranks)
         total = most // (micro * ranks) * micro * ranks * length
         flags = f"--sequence-length {length} --micro-batch-size {micro} --total-batch-size {total}"
-        raise ValueError(
+        raise UserError(
             f"{windows.shards[0].path.parent} holds {len(windows)} training windows of {plan.sequence_length} tokens, "
             f"and one step needs {plan.sequences_per_step}: prepare more data{f', or give {flags}' if length else ''}"
         )

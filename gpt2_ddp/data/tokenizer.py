@@ -19,13 +19,9 @@ from pathlib import Path
 import tiktoken
 from tiktoken_ext import openai_public  # type: ignore[import-untyped]
 
+from gpt2_ddp.model.vocabulary import EOT
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file
-
-EOT = 50256
-"""Id of `<|endoftext|>`, which begins every document."""
-VOCAB_SIZE = 50257
-PADDED_VOCAB_SIZE = 50304
-"""`VOCAB_SIZE` rounded up to a multiple of 128, for fast matrix products."""
 
 CACHE_VARIABLES = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
 """In the order in which tiktoken looks at them."""
@@ -35,7 +31,7 @@ def load_tokenizer() -> tiktoken.Encoding:
     """The `gpt2` encoding.
 
     Raises:
-        ValueError: where the vocabulary is neither in tiktoken's cache nor in the extra, and cannot be downloaded.
+        UserError: where the vocabulary is neither in tiktoken's cache nor in the extra, and cannot be downloaded.
     """
     with _offline_cache(), _network_errors_as_advice():
         return tiktoken.get_encoding("gpt2")
@@ -148,7 +144,7 @@ def _network_errors_as_advice() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"GPT-2's vocabulary is not here and could not be downloaded ({type(error).__name__}: {reason}); "
             'install it with: pip install "gpt2_ddp[offline]"'
         ) from error

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.distributed.rendezvous import START_TIMEOUT, find_place, meet
 from gpt2_ddp.system.cuda_build import require_kernels, require_used
+from gpt2_ddp.system.errors import UserError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -87,7 +88,7 @@ class DistContext:
         """What `make` returns here; where it fails on any rank it fails on all, so that none is left waiting.
 
         Raises:
-            ValueError: the rank's own error (or `OSError`), or else the message of the first rank that has one.
+            UserError: the rank's own error (or `OSError`), or else the message of the first rank that has one.
         """
         value, error = None, None
         try:
@@ -99,7 +100,7 @@ class DistContext:
             raise error
         for rank, message in enumerate(told):
             if message is not None:
-                raise ValueError(f"rank {rank}: {message}")
+                raise UserError(f"rank {rank}: {message}")
         return cast(T, value)
 
     def from_main(self, make: Callable[[], T]) -> T:
@@ -112,7 +113,7 @@ class DistContext:
         NCCL carries those on a GPU. They must be contiguous.
 
         Raises:
-            ValueError: where a rank's tensors are not those of rank 0 by name, shape and dtype, before any is sent.
+            UserError: where a rank's tensors are not those of rank 0 by name, shape and dtype, before any is sent.
         """
         if self.world_size == 1:
             return
@@ -153,13 +154,11 @@ class DistContext:
 def require_same_tensors(mine: Sequence[str], theirs: Sequence[str]) -> None:
     """
     Raises:
-        ValueError: naming the first tensor that is another one here than on rank 0.
+        UserError: naming the first tensor that is another one here than on rank 0.
     """
     for here, there in itertools.zip_longest(mine, theirs, fillvalue="nothing"):
         if here != there:
-            raise ValueError(
-                f"this rank has {here} where rank 0 has {there}: give all ranks the same flags and version"
-            )
+            raise UserError(f"this rank has {here} where rank 0 has {there}: give all ranks the same flags and version")
 
 
 def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
@@ -183,7 +182,7 @@ def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> 
     """The device of one rank for `--device {auto,cuda,cpu,mps}`.
 
     Raises:
-        ValueError: where the device is not there, PyTorch cannot use a GPU that is, or the node runs more ranks than it
+        UserError: where the device is not there, PyTorch cannot use a GPU that is, or the node runs more ranks than it
             has GPUs.
     """
     if requested in ("auto", "cuda") and not torch.cuda.is_available():
@@ -196,16 +195,16 @@ def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> 
     if requested == "cuda":
         gpus = torch.cuda.device_count()
         if gpus == 0:
-            raise ValueError("--device cuda, but no CUDA GPU is visible: use --device cpu, or mend the driver")
+            raise UserError("--device cuda, but no CUDA GPU is visible: use --device cpu, or mend the driver")
         if local_world_size > gpus:
-            raise ValueError(
+            raise UserError(
                 f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
                 f"start {gpus} with --nproc_per_node={gpus}"
             )
         require_kernels(local_world_size)
         return torch.device("cuda", local_rank)
     if requested == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps, but this machine has no Metal GPU: use --device cpu")
+        raise UserError("--device mps, but this machine has no Metal GPU: use --device cpu")
     return torch.device(requested)
 
 
@@ -216,7 +215,7 @@ def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
     NCCL carries what lies on a GPU, gloo what lies in main memory. The group is always destroyed.
 
     Raises:
-        ValueError: where the environment is not that of a single process or of torchrun, or the device is not there.
+        UserError: where the environment is not that of a single process or of torchrun, or the device is not there.
     """
     place = find_place(os.environ)
     device = choose_device(requested_device, local_rank=place.local_rank, local_world_size=place.local_world_size)

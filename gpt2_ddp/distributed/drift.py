@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.system.errors import UserError
 
 
 def require_same_data(context: DistContext, mine: str) -> None:
     """
     Raises:
-        ValueError: where a rank reads other training data than rank 0, naming it and its host.
+        UserError: where a rank reads other training data than rank 0, naming it and its host.
     """
     told = context.gather((mine, socket.gethostname()))
     for rank, (found, host) in enumerate(told):
         if found != told[0][0]:
-            raise ValueError(
+            raise UserError(
                 f"the training data of rank {rank} on {host} differs from that of rank 0 on {told[0][1]}: "
                 "copy the same --data-dir to every node"
             )

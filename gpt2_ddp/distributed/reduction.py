@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.distributed.context import DistContext, grad_sync
+from gpt2_ddp.system.errors import UserError
 
 
 class GradientReduction(Protocol):
@@ -102,21 +103,21 @@ class TreeReduction:
 def require_tree(micro_batches: int, world_size: int) -> None:
     """
     Raises:
-        ValueError: where the micro-batches of a step, or the ranks, do not make a full binary tree.
+        UserError: where the micro-batches of a step, or the ranks, do not make a full binary tree.
     """
     for name, count in (("micro-batches in a step", micro_batches), ("ranks", world_size)):
         if count & (count - 1):
-            raise ValueError(f"--reproducible needs a power of two of {name}, not {count}")
+            raise UserError(f"--reproducible needs a power of two of {name}, not {count}")
 
 
 def require_same_numerics(told: Sequence[Mapping[str, object]], saved: object) -> None:
     """Check that every rank, and the run that is resumed, computes with the same hardware, formats and versions.
 
     Raises:
-        ValueError: naming what differs; bits are only promised where all of it is equal.
+        UserError: naming what differs; bits are only promised where all of it is equal.
     """
     if saved is not None and not saved:
-        raise ValueError("--reproducible: the run that is resumed was not begun with it: resume without the flag")
+        raise UserError("--reproducible: the run that is resumed was not begun with it: resume without the flag")
     first = dict(told[0])
     others = [(f"rank {rank}", values) for rank, values in enumerate(told)]
     if saved is not None:
@@ -125,7 +126,7 @@ def require_same_numerics(told: Sequence[Mapping[str, object]], saved: object) -
         different = [f"{name} {values.get(name)!r}" for name in first if values.get(name) != first[name]]
         if different:
             wanted = ", ".join(f"{name} {value!r}" for name, value in first.items() if values.get(name) != value)
-            raise ValueError(f"--reproducible: {who} has {', '.join(different)}, not {wanted}")
+            raise UserError(f"--reproducible: {who} has {', '.join(different)}, not {wanted}")
 
 
 def use_deterministic_kernels(device: torch.device) -> None:

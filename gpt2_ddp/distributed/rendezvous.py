@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.rendezvous import rendezvous
 
+from gpt2_ddp.system.errors import UserError
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -39,7 +41,7 @@ def find_place(environment: Mapping[str, str]) -> Place:
     """The place that torchrun's variables give this process; that of a single one where torchrun did not start it.
 
     Raises:
-        ValueError: for variables that some other launcher left, or that cannot be torchrun's.
+        UserError: for variables that some other launcher left, or that cannot be torchrun's.
     """
     found = {name: environment[name] for name in ALONE if environment.get(name)}
     if "TORCHELASTIC_RUN_ID" not in environment:
@@ -47,31 +49,31 @@ def find_place(environment: Mapping[str, str]) -> Place:
         return Place()
     said = " ".join(f"{name}={value}" for name, value in found.items())
     if found.keys() != ALONE.keys() or not all(value.isdecimal() for value in found.values()):
-        raise ValueError(
+        raise UserError(
             f"TORCHELASTIC_RUN_ID is set, but {said or 'nothing else'} is not what torchrun sets: start with "
             "python -m launch or torchrun, or with env -u TORCHELASTIC_RUN_ID for a single process"
         )
     place = Place(**{name.lower(): int(value) for name, value in found.items()})
     if place.rank >= place.world_size or place.local_rank >= place.local_world_size:
-        raise ValueError(f"{said}: a rank is less than the number of ranks; start with python -m launch or torchrun")
+        raise UserError(f"{said}: a rank is less than the number of ranks; start with python -m launch or torchrun")
     return place
 
 
 def require_alone(found: Mapping[str, str], environment: Mapping[str, str]) -> None:
     """
     Raises:
-        ValueError: where `found`, of torchrun's variables, or those of mpirun and srun tell of other processes.
+        UserError: where `found`, of torchrun's variables, or those of mpirun and srun tell of other processes.
     """
     if any(value != str(ALONE[name]) for name, value in found.items()):
         said = " ".join(f"{name}={value}" for name, value in found.items())
-        raise ValueError(
+        raise UserError(
             f"{said} in the environment, but torchrun did not start this process: start with python -m launch or "
             f"torchrun, or with env {' '.join(f'-u {name}' for name in found)} for a single process"
         )
     for name in OTHER_LAUNCHERS:
         count = environment.get(name, "")
         if count.isdecimal() and int(count) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{name}={count}: started {count} times, each of which would train alone: start python -m launch once "
                 f"on each node, or with env -u {name} for a single process"
             )

@@ -5,7 +5,6 @@ Two protocols are published under this one name, and their numbers differ; `PROT
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -21,9 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gpt2_ddp.data.tokenizer import EOT, load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.gpt import GPT, Block
+from gpt2_ddp.model.vocabulary import EOT
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import json_object
 from gpt2_ddp.system.precision import evaluating
 
 PROTOCOLS = ("completion", "harness")
@@ -81,11 +83,11 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
     """The first `limit` examples of a JSON Lines file, all of them by default.
 
     Raises:
-        ValueError: naming the file and the line, and what is wrong with it; or for a file without examples.
+        UserError: naming the file and the line, and what is wrong with it; or for a file without examples.
     """
     fetch = "python -m data_prep hellaswag fetches the validation set"
     if not path.is_file():
-        raise ValueError(f"no HellaSwag examples at {path}: {fetch}")
+        raise UserError(f"no HellaSwag examples at {path}: {fetch}")
     examples: list[Example] = []
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
@@ -95,30 +97,25 @@ def read_examples(path: Path, limit: int | None = None) -> list[Example]:
                 if line.strip():
                     examples.append(_example(line))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+                raise UserError(f"{path}, line {number}: {error}") from None
     if not examples:
-        raise ValueError(f"{path} has no examples: {fetch}")
+        raise UserError(f"{path} has no examples: {fetch}")
     return examples
 
 
 def _example(line: bytes) -> Example:
     if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"longer than {MAX_LINE_BYTES} bytes, which no HellaSwag example is")
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+        raise UserError(f"longer than {MAX_LINE_BYTES} bytes, which no HellaSwag example is")
+    value = json_object(line)
     texts: dict[str, Any] = {key: value.get(key) for key in ("activity_label", "ctx", "ctx_a", "ctx_b")}
     for key, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"{key!r} is {'not a text' if key in value else 'missing'}")
+            raise UserError(f"{key!r} is {'not a text' if key in value else 'missing'}")
     endings, label = value.get("endings"), value.get("label")
     if not isinstance(endings, list) or len(endings) != ENDINGS or not all(isinstance(end, str) for end in endings):
-        raise ValueError(f"'endings' is not a list of {ENDINGS} texts")
+        raise UserError(f"'endings' is not a list of {ENDINGS} texts")
     if not isinstance(label, int | str) or str(label) not in ("0", "1", "2", "3"):  # the hub's copy has texts
-        raise ValueError(f"'label' is {str(label)[:40]!r}, and must be a whole number from 0 to {ENDINGS - 1}")
+        raise UserError(f"'label' is {str(label)[:40]!r}, and must be a whole number from 0 to {ENDINGS - 1}")
     return Example(endings=tuple(endings), label=int(label), **texts)
 
 
@@ -126,7 +123,7 @@ def render(example: Example, protocol: str, encoding: Encoding) -> Question:
     """The example as token ids, by `protocol`.
 
     Raises:
-        ValueError: for an unknown protocol.
+        UserError: for an unknown protocol.
     """
     if protocol == "completion":
         context = encoding.encode_ordinary(example.ctx)
@@ -140,7 +137,7 @@ def render(example: Example, protocol: str, encoding: Encoding) -> Question:
         endings = [encoding.encode_ordinary(f"{text} {choice}")[len(context) :] for choice in choices]
         lengths = [len(choice) for choice in choices]
     else:
-        raise ValueError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+        raise UserError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
     return Question(context=context or [EOT], endings=endings, lengths=lengths, label=example.label)
 
 
@@ -190,10 +187,10 @@ def evaluate(
     `sequence_length` is that of the training sequences: positions past it mean nothing to the model.
 
     Raises:
-        ValueError: for an unknown protocol, or without examples.
+        UserError: for an unknown protocol, or without examples.
     """
     if not examples:
-        raise ValueError("no HellaSwag examples")
+        raise UserError("no HellaSwag examples")
     start = time.perf_counter()
     encoding = load_tokenizer()
     questions = [render(example, protocol, encoding) for example in examples]

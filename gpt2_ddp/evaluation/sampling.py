@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from gpt2_ddp.data.tokenizer import EOT, VOCAB_SIZE
 from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.model.vocabulary import EOT, VOCAB_SIZE
+from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import evaluating
 
 
@@ -36,7 +37,7 @@ def generate(
     number changes; the model is left in the mode it was in.
 
     Raises:
-        ValueError: for an empty prompt, an id that is no token, or a setting out of range.
+        UserError: for an empty prompt, an id that is no token, or a setting out of range.
     """
     ids = torch.as_tensor(prompt, dtype=torch.int64).cpu()
     ids = ids[None] if ids.ndim == 1 else ids
@@ -61,15 +62,15 @@ def generate(
 
 def _check(ids: Tensor, *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     if ids.ndim != 2 or not ids.numel():
-        raise ValueError(f"a prompt of shape {tuple(ids.shape)}: give at least one token, as (T,) or (B, T)")
+        raise UserError(f"a prompt of shape {tuple(ids.shape)}: give at least one token, as (T,) or (B, T)")
     if int(ids.min()) < 0 or int(ids.max()) >= VOCAB_SIZE:
-        raise ValueError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}: tokens are 0 to {EOT}")
+        raise UserError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}: tokens are 0 to {EOT}")
     if max_new_tokens < 0:
-        raise ValueError(f"{max_new_tokens} new tokens: give 0 or more")
+        raise UserError(f"{max_new_tokens} new tokens: give 0 or more")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature {temperature}: give a number from 0 (the likeliest token) on")
+        raise UserError(f"temperature {temperature}: give a number from 0 (the likeliest token) on")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top-k {top_k}: give 1 or more")
+        raise UserError(f"top-k {top_k}: give 1 or more")
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

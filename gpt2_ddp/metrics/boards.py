@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt2_ddp.system.cli import GIVEN_UP, tell
+from gpt2_ddp.system.errors import UserError
 
 QUEUE_LENGTH = 10_000
 """Events that a slow board may be behind; it misses those after."""
@@ -73,7 +74,7 @@ class Aside:
         """`flag` asks for the board, `mend` is what helps where it cannot be opened.
 
         Raises:
-            ValueError: where it cannot be opened: the user's mistake, or a service that is not there.
+            UserError: where it cannot be opened: the user's mistake, or a service that is not there.
         """
         self._flag = flag
         try:
@@ -81,7 +82,7 @@ class Aside:
         except Exception as error:  # a library's own kinds
             said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             extra = f'; pip install "gpt2_ddp[{flag.strip("-")}]"' if isinstance(error, ImportError) else f"; {mend}"
-            raise ValueError(f"{flag}: {said}{extra}") from error
+            raise UserError(f"{flag}: {said}{extra}") from error
         self._events: queue.Queue[tuple[str, int, dict[str, float]] | None] = queue.Queue(QUEUE_LENGTH)
         self._failed = threading.Event()
         self._thread = threading.Thread(target=self._show, name=flag, daemon=True)

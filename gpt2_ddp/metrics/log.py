@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_ddp.system.cli import tell
-from gpt2_ddp.system.files import replace_file
+from gpt2_ddp.system.files import json_object, read_json, replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +158,10 @@ def cut_metrics(path: Path, last_step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = json_object(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= last_step:
+        if isinstance(entry.get("step"), int) and entry["step"] <= last_step:
             kept.append(line + "\n")
     replace_file(path, "".join(kept))
 
@@ -181,7 +181,7 @@ def warn(text: str) -> None:
 def _tells(file: Path, state: str, step: int) -> bool:
     """Whether a status.json tells this state at this step."""
     try:
-        told = json.loads(file.read_bytes())
+        told = read_json(file)
     except (OSError, ValueError):
         return False
-    return isinstance(told, dict) and (told.get("state"), told.get("step")) == (state, step)
+    return (told.get("state"), told.get("step")) == (state, step)

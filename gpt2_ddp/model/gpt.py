@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt2_ddp.model.kernels import causal_attention, gelu, head_loss, product, recomputed
+from gpt2_ddp.model.vocabulary import PADDED_VOCAB_SIZE
+from gpt2_ddp.system.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     """The shape of a GPT-2.
 
-    `vocab_size` is GPT-2's 50257 padded to the next multiple of 128, which matrix kernels like; ids from 50257 on
-    stand for nothing and are never sampled.
+    Ids from `vocabulary.VOCAB_SIZE` on stand for nothing and are never sampled.
     """
 
     block_size: int = 1024
-    vocab_size: int = 50304
+    vocab_size: int = PADDED_VOCAB_SIZE
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -34,7 +35,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Floating-point operations that training spends on one token, forward and backward, matmuls only.
@@ -61,10 +62,10 @@ def model_config(name: str, *, dropout: float = 0.0) -> GPTConfig:
     """The shape called `name`.
 
     Raises:
-        ValueError: where there is no such model.
+        UserError: where there is no such model.
     """
     if name not in SIZES:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
     return replace(SIZES[name], dropout=dropout)
 
 
@@ -171,11 +172,11 @@ class GPT(nn.Module):
         """What the head reads: ids (B, T) int64 -> (B, T, n_embd), after the last norm. `run` runs each block.
 
         Raises:
-            ValueError: where T is more than `block_size`.
+            UserError: where T is more than `block_size`.
         """
         length = ids.shape[1]
         if length > self.config.block_size:
-            raise ValueError(f"{length} tokens are more than the model's block_size {self.config.block_size}")
+            raise UserError(f"{length} tokens are more than the model's block_size {self.config.block_size}")
         positions = self.wpe(torch.arange(length, device=ids.device))
         x = F.dropout(self.wte(ids) + positions, self.config.dropout, self.training)
         for block in self.h:

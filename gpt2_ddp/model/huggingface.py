@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.model.vocabulary import EOT
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json
 
 PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 """Hugging Face repositories of the weights that OpenAI released in 2019."""
 
-END_OF_TEXT = 50256
 LAYER_NORM_EPSILON = 1e-5
-MAX_JSON_BYTES = 16 << 20  # the index of the largest sharded GPT-2 has 0.05 MB
 MAX_SIZES = {"n_positions": 1 << 20, "vocab_size": 1 << 22, "n_layer": 1 << 10, "n_head": 1 << 10, "n_embd": 1 << 16}
 
 IGNORED = re.compile(r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias")
@@ -35,9 +35,9 @@ def hf_config(config: GPTConfig) -> dict[str, object]:
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": config.dropout,
-        "bos_token_id": END_OF_TEXT,
+        "bos_token_id": EOT,
         "embd_pdrop": config.dropout,
-        "eos_token_id": END_OF_TEXT,
+        "eos_token_id": EOT,
         "initializer_range": 0.02,
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "model_type": "gpt2",
@@ -59,10 +59,10 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
     """The shape that a `config.json` describes; dropout is a choice of the next training run and left at 0.
 
     Raises:
-        ValueError: where it is not a GPT-2, lacks a size, or asks for arithmetic that `GPT` does not do.
+        UserError: where it is not a GPT-2, lacks a size, or asks for arithmetic that `GPT` does not do.
     """
     if config.get("model_type") != "gpt2":
-        raise ValueError(f"model_type {config.get('model_type')!r} is not 'gpt2'")
+        raise UserError(f"model_type {config.get('model_type')!r} is not 'gpt2'")
     # transformers' defaults where a key is absent
     exact: dict[str, tuple[object, ...]] = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -74,15 +74,15 @@ def config_from_hf(config: Mapping[str, object]) -> GPTConfig:
     }
     for key, allowed in exact.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key} {config[key]!r} is not supported, only {allowed[0]!r}")
+            raise UserError(f"{key} {config[key]!r} is not supported, only {allowed[0]!r}")
     sizes = {}
     for key, largest in MAX_SIZES.items():
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
-            raise ValueError(f"{key} is {value!r}, and must be a whole number from 1 to {largest}")
+            raise UserError(f"{key} is {value!r}, and must be a whole number from 1 to {largest}")
         sizes[key] = value
     if config.get("n_inner") not in (None, 4 * sizes["n_embd"]):
-        raise ValueError(f"n_inner {config['n_inner']!r} is not supported, only 4 n_embd = {4 * sizes['n_embd']}")
+        raise UserError(f"n_inner {config['n_inner']!r} is not supported, only 4 n_embd = {4 * sizes['n_embd']}")
     return GPTConfig(block_size=sizes.pop("n_positions"), **sizes)
 
 
@@ -114,12 +114,12 @@ def load_model(directory: Path, *, vocab_size: int | None = None, dropout: float
     `vocab_size` pads the token embedding with rows of its mean; None keeps the directory's own.
 
     Raises:
-        ValueError: where the directory has no GPT-2 in safetensors, or a tensor is missing, unknown or misshapen.
+        UserError: where the directory has no GPT-2 in safetensors, or a tensor is missing, unknown or misshapen.
     """
     stored = _stored_config(directory)
     config = replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout)
     if config.vocab_size < stored.vocab_size:
-        raise ValueError(f"{directory} has {stored.vocab_size} token embeddings, more than {config.vocab_size}")
+        raise UserError(f"{directory} has {stored.vocab_size} token embeddings, more than {config.vocab_size}")
     files = _checked_files(directory, stored)
     model = GPT(config)
     _copy_weights(files, model)
@@ -135,19 +135,20 @@ def load_weights(directory: Path, model: GPT) -> None:
     """Put the weights in a Hugging Face directory into those of `model`, on their device, one after the other.
 
     Raises:
-        ValueError: where the directory has no GPT-2 of this shape in safetensors; nothing is changed then.
+        UserError: where the directory has no GPT-2 of this shape in safetensors; nothing is changed then.
     """
     stored = replace(_stored_config(directory), dropout=model.config.dropout)
     if stored != model.config:
-        raise ValueError(f"{directory} has {stored}, and the model is {model.config}")
+        raise UserError(f"{directory} has {stored}, and the model is {model.config}")
     _copy_weights(_checked_files(directory, stored), model)
 
 
 def _stored_config(directory: Path) -> GPTConfig:
+    stored = read_json(directory / "config.json")
     try:
-        return config_from_hf(_read_json(directory / "config.json"))
+        return config_from_hf(stored)
     except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+        raise UserError(f"{directory / 'config.json'}: {error}") from None
 
 
 def _checked_files(directory: Path, stored: GPTConfig) -> set[Path]:
@@ -155,7 +156,7 @@ def _checked_files(directory: Path, stored: GPTConfig) -> set[Path]:
     files = {name: path for path in _weight_files(directory) for name in _checked_names(path, stored)}
     missing = [name for name in _shapes(stored) if name not in files]
     if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} among them")
+        raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} among them")
     return set(files.values())
 
 
@@ -199,12 +200,12 @@ def _checked_names(path: Path, config: GPTConfig) -> list[str]:
             view = file.get_slice(stored)
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
             if name not in expected:
-                raise ValueError(f"{path}: tensor {stored!r} is no part of a GPT-2 with {config.n_layer} layers")
+                raise UserError(f"{path}: tensor {stored!r} is no part of a GPT-2 with {config.n_layer} layers")
             wanted = expected[name][::-1] if CONV1D.fullmatch(name) else expected[name]
             if shape != wanted:
-                raise ValueError(f"{path}: tensor {stored!r} has shape {shape}, and config.json asks for {wanted}")
+                raise UserError(f"{path}: tensor {stored!r} has shape {shape}, and config.json asks for {wanted}")
             if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"{path}: tensor {stored!r} holds {dtype}, not floating-point numbers")
+                raise UserError(f"{path}: tensor {stored!r} holds {dtype}, not floating-point numbers")
             names.append(name)
     return names
 
@@ -221,7 +222,7 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -230,35 +231,20 @@ def _weight_files(directory: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: no weight_map")
+            raise UserError(f"{index}: no weight_map")
         names = set(map(str, weight_map.values()))
         for name in names:
             if not re.fullmatch(r"[\w.-]+\.safetensors", name) or not (directory / name).is_file():
-                raise ValueError(f"{index} lists {name!r}, which is no safetensors file in this directory")
+                raise UserError(f"{index} lists {name!r}, which is no safetensors file in this directory")
         return [directory / name for name in sorted(names)]
     if (directory / "pytorch_model.bin").is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory} has its weights only as pytorch_model.bin, a pickle, which can run code when it is read: "
             "convert it with transformers' save_pretrained"
         )
-    raise ValueError(f"{directory} has no model.safetensors")
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    """The JSON object in an untrusted file."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a description of a model")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
+    raise UserError(f"{directory} has no model.safetensors")
 
 
 def find_model(name: str) -> Path:
@@ -267,22 +253,22 @@ def find_model(name: str) -> Path:
     A run stands for its newest complete checkpoint. A published size is downloaded once, through `huggingface_hub`.
 
     Raises:
-        ValueError: where there is no such model, a run has no checkpoint, or a download fails.
+        UserError: where there is no such model, a run has no checkpoint, or a download fails.
     """
     path = Path(name)
     if (path / "checkpoints").is_dir():
         complete = sorted((path / "checkpoints").glob("step_[0-9]*/manifest.json"))
         whole = [file.parent for file in complete if re.fullmatch(r"step_\d+", file.parent.name)]
         if not whole:
-            raise ValueError(f"{path} has no complete checkpoint yet")
+            raise UserError(f"{path} has no complete checkpoint yet")
         return max(whole, key=lambda folder: int(folder.name.removeprefix("step_")))
     if (path / "config.json").is_file():
         return path
     if name in PUBLISHED:
         return _download(name)
     if path.exists():
-        raise ValueError(f"{path} is neither a run nor a model: it has no checkpoints folder and no config.json")
-    raise ValueError(f"no model {name!r}: give a run, a checkpoint, a model folder, or one of {', '.join(PUBLISHED)}")
+        raise UserError(f"{path} is neither a run nor a model: it has no checkpoints folder and no config.json")
+    raise UserError(f"no model {name!r}: give a run, a checkpoint, a model folder, or one of {', '.join(PUBLISHED)}")
 
 
 def _download(name: str) -> Path:
@@ -292,7 +278,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(PUBLISHED[name], allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # each version of the library and of its HTTP client has its own classes
-        raise ValueError(
+        raise UserError(
             f"cannot download {PUBLISHED[name]} ({type(error).__name__}; is there a network?): give a folder instead "
             "that has config.json and model.safetensors"
         ) from None

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from gpt2_ddp.system.errors import UserError
+
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 """What PyTorch's AdamW keeps of every parameter: a float32 scalar, and two moments of the parameter's shape."""
 
@@ -90,7 +92,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     """Copy the state that `optimizer_tensors` gave out into that of `optimizer`, one tensor after the other.
 
     Raises:
-        ValueError: for a name, a shape or a dtype that is not the model's, or where a part of the state is missing;
+        UserError: for a name, a shape or a dtype that is not the model's, or where a part of the state is missing;
             nothing is changed then.
     """
     parameters = dict(model.named_parameters())
@@ -99,10 +101,10 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         shape = None if name not in parameters else torch.Size([]) if key == "step" else parameters[name].shape
         if tensor.shape != shape or key not in ADAMW_STATE or tensor.dtype != torch.float32:
             found = f"{full_name} {tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"the optimizer state {found} fits no parameter of the model")
+            raise UserError(f"the optimizer state {found} fits no parameter of the model")
     missing = [f"{name}.{key}" for name in parameters for key in ADAMW_STATE if f"{name}.{key}" not in tensors]
     if tensors and missing:  # before the first update there may be no state at all
-        raise ValueError(f"the optimizer state lacks {missing[0]} and {len(missing) - 1} more")
+        raise UserError(f"the optimizer state lacks {missing[0]} and {len(missing) - 1} more")
     for moment in () if tensors else optimizer_tensors(model, optimizer).values():
         moment.zero_()
     for full_name, tensor in tensors.items():

@@ -15,53 +15,22 @@ import os
 import re
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import tyro
 
+from gpt2_ddp.system.errors import OneRankError, UserError, user_error
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-OURS = {"gpt2_ddp", "data_prep", "eval"}
-DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-}
 EXIT_FILE = "GPT2_DDP_EXIT_FILE"
 """Environment variable: the file that tells `python -m launch` how the trainer ended, whatever torchrun answers."""
 GIVEN_UP = "given up"
 """The name of a thread that waits for a library which no longer answers, and whose exit handlers would wait as well."""
 
 Config = TypeVar("Config")
-
-
-class OneRankError(ValueError):
-    """What the user got wrong, seen by one rank alone, which therefore tells it."""
-
-
-def user_error(error: BaseException) -> str | None:
-    """One line for an error that the user can mend, None for a fault of the program.
-
-    A user's error is a `ValueError` raised by the project's own code (one from inside a library is a bug and
-    keeps its traceback), or the file system's refusal of a file.
-    """
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    if isinstance(error, ValueError):
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        package = str(frames[-1].f_globals.get("__package__")) if frames else ""
-        if package.split(".")[0] in OURS:
-            return " ".join(str(error).split())
-    return None
 
 
 class Console(io.FileIO):
@@ -119,7 +88,7 @@ def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoRet
     except KeyboardInterrupt:
         tell("interrupted")
         status = 130
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         line = user_error(error)
         if line is None or os.environ.get("GPT2_DDP_TRACEBACK"):
             raise
@@ -132,10 +101,10 @@ def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoRet
 def require_posix(platform: str) -> None:
     """
     Raises:
-        ValueError: on Windows, which has neither the signals nor the locks that a run is stopped and kept safe by.
+        UserError: on Windows, which has neither the signals nor the locks that a run is stopped and kept safe by.
     """
     if platform == "win32":
-        raise ValueError("Windows itself has no SIGUSR1 and no file locks of POSIX: run this in WSL (wsl --install)")
+        raise UserError("Windows itself has no SIGUSR1 and no file locks of POSIX: run this in WSL (wsl --install)")
 
 
 def _lost_output() -> OSError | None:
@@ -175,7 +144,7 @@ def parse(config: Callable[..., Config], description: str, argv: Sequence[str] |
     """The dataclass or subcommand union `config`, filled from the command line by tyro.
 
     Raises:
-        ValueError: for a flag that tyro refuses, with tyro's message folded to one line.
+        UserError: for a flag that tyro refuses, with tyro's message folded to one line.
     """
     said = io.StringIO()
     try:
@@ -185,7 +154,7 @@ def parse(config: Callable[..., Config], description: str, argv: Sequence[str] |
         if ended.code in (0, None):
             raise
         box = re.sub(r"\x1b\[[0-9;]*m|╭.*╮", "", said.getvalue())
-        raise ValueError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", box).split())) from None
+        raise UserError(" ".join(re.sub(r"[^\x20-\x7e]+", " ", box).split())) from None
 
 
 def _command() -> str:

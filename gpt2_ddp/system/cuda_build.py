@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from gpt2_ddp.system.errors import UserError
+
 DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"))
 OLD_CARDS = "install PyTorch's build for CUDA 12.6 (pytorch.org, Get Started)"
 """The build for cards before Turing (compute capability 7.5), which those for CUDA 12.8 and 13 leave out from PyTorch
@@ -82,20 +84,20 @@ def cuda_error() -> str:
 def require_used(environment: Mapping[str, str] = os.environ) -> None:
     """
     Raises:
-        ValueError: where a driver is here and no GPU can be used; called only where PyTorch finds none.
+        UserError: where a driver is here and no GPU can be used; called only where PyTorch finds none.
     """
     traces = driver_traces()
     if traces and (why := why_unused(traces, environment.get("CUDA_VISIBLE_DEVICES"), cuda_error())):
-        raise ValueError(f"{why}; mend that, or train on the CPU with --device cpu")
+        raise UserError(f"{why}; mend that, or train on the CPU with --device cpu")
 
 
 def require_kernels(gpus: int) -> None:
     """
     Raises:
-        ValueError: where this build has no code for one of the first `gpus` cards.
+        UserError: where this build has no code for one of the first `gpus` cards.
     """
     architectures = torch.cuda.get_arch_list()
     for index in range(gpus if architectures else 0):
         name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
         if why := why_no_kernels(name, capability, architectures, torch.__version__):
-            raise ValueError(why)
+            raise UserError(why)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -15,7 +16,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from gpt2_ddp.system.errors import UserError
 
 UNKNOWN_CALL = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 """Answers to a call that a file system does not have."""
@@ -26,6 +29,9 @@ NO_RENAME = UNKNOWN_CALL | {
     *(errno.EACCES, errno.EBUSY, errno.EEXIST, errno.EPERM, errno.EPROTO, errno.ETXTBSY, errno.EXDEV),
 }
 """Answers where there is no renaming over a file, or of a folder (EXDEV from overlays), or none at all."""
+
+MAX_JSON_BYTES = 16 << 20
+"""More than any JSON file of ours has, a vocabulary's 1 MB among them."""
 
 
 def flush(file: BinaryIO) -> None:
@@ -143,6 +149,36 @@ def replace_file(path: Path, contents: bytes | str, *, contested: bool = False) 
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not name the file
 
 
+def json_object(text: bytes | str) -> dict[str, Any]:
+    """The JSON object that `text` is, from wherever it comes.
+
+    Raises:
+        UserError: where it is something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object")
+    return value
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: where the file holds something else, or more than `most` bytes.
+        OSError: where it cannot be read.
+    """
+    if (size := path.stat().st_size) > most:
+        raise UserError(f"{path} has {size} bytes, more than {most}")
+    try:
+        return json_object(path.read_bytes())
+    except UserError as error:
+        raise UserError(f"{path} is {error}") from None
+
+
 @contextlib.contextmanager
 def sole_use(directory: Path, refusal: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold `directory` for this process within the block; the kernel gives it free however the process ends.
@@ -152,14 +188,14 @@ def sole_use(directory: Path, refusal: str, *, patience: float = 0.0) -> Iterato
     outlives a killed process where it replaces the kernel's lock.)
 
     Raises:
-        ValueError: `refusal`, where another process keeps holding it.
+        UserError: `refusal`, where another process keeps holding it.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         deadline = time.monotonic() + patience
         while not _locked(descriptor):
             if time.monotonic() > deadline:
-                raise ValueError(refusal)
+                raise UserError(refusal)
             time.sleep(0.1)
         yield
     finally:
