@@ -18,7 +18,8 @@ from gpt2_ddp.system.allocator import keep_freed_memory
 from gpt2_ddp.system.cli import tell
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json, replace_file, require_writable
-from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
+from gpt2_ddp.system.hardware import found_hardware
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, measure_speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +82,12 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
             keep_freed_memory()
         if choice.json and context.is_main:
             require_writable(choice.json.parent)
-        path = context.together(lambda: find_model(choice.model))
-        gpt = context.together(lambda: load_model(path))
-        length, warning = context.together(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
+        path = context.run_on_all(lambda: find_model(choice.model))
+        gpt = context.run_on_all(lambda: load_model(path))
+        length, warning = context.run_on_all(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
         allow_tf32()
         hardware = found_hardware(context.device)
-        speed = context.from_main(lambda: measure_speed(choice.dtype, hardware, gpt.config.n_embd))
+        speed = context.run_on_main(lambda: measure_speed(choice.dtype, hardware, gpt.config.n_embd))
         dtype, note = choose_dtype(choice.dtype, hardware, speed)
         precision = Precision.of(dtype, context.device)
         opened = OpenModel(

@@ -22,7 +22,7 @@ from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.files import read_json, replace_file
-from gpt2_ddp.system.precision import peak_flops
+from gpt2_ddp.system.hardware import peak_flops
 
 SAMPLE_PROMPT = "Language is"
 SAMPLE_TOKENS = 48
@@ -93,7 +93,7 @@ def note_start(run: Run) -> None:
     replace_file(file, json.dumps(values, indent=2) + "\n")
 
 
-def is_time(run: Run, *every: int) -> bool:
+def is_due(run: Run, *every: int) -> bool:
     """Whether any of what is done every so many steps, 0 for never, is due after this one. The last is always."""
     last = run.state.step == run.config.max_steps
     return any(count > 0 and (run.state.step % count == 0 or last) for count in every)

@@ -20,7 +20,8 @@ from gpt2_ddp.metrics.log import RunLog
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.optim.spikes import SpikeGuard
-from gpt2_ddp.system.precision import Hardware, Precision
+from gpt2_ddp.system.hardware import Hardware
+from gpt2_ddp.system.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.periodic import (
     StepResult,
     StepTimer,
-    is_time,
+    is_due,
     log_step,
     note_start,
     report_saves,
@@ -55,25 +55,25 @@ def train(run: Run) -> str:
         state.step += 1
         state.tokens_seen += config.total_batch_size
         state.data_hash = chained_hash(state.data_hash, batch.windows)
-        if is_time(run, config.log_every):
+        if is_due(run, config.log_every):
             log_step(run, result, timer)
-        with timer.paused(due=is_time(run, config.val_every, config.hellaswag_every, config.sample_every)):
-            if is_time(run, config.val_every):
+        with timer.paused(due=is_due(run, config.val_every, config.hellaswag_every, config.sample_every)):
+            if is_due(run, config.val_every):
                 validate(run)
-            if is_time(run, config.hellaswag_every):
+            if is_due(run, config.hellaswag_every):
                 score_hellaswag(run)
-            if is_time(run, config.sample_every):
+            if is_due(run, config.sample_every):
                 sample(run)
             stopping = run.stop.agreed(run.context)
-        saving = stopping or is_time(run, config.checkpoint_every) or state.step == config.max_steps
-        comparing = config.check_ranks_every > 0 and (saving or is_time(run, config.check_ranks_every))
+        saving = stopping or is_due(run, config.checkpoint_every) or state.step == config.max_steps
+        comparing = config.check_ranks_every > 0 and (saving or is_due(run, config.check_ranks_every))
         with timer.paused(due=saving or comparing):
             if comparing:
                 require_equal_ranks(run.context, resume.weights_and_moments(run.model, run.optimizer))
             if saving:
                 save(run, final=stopping or state.step == config.max_steps)
             report_saves(run)
-        run.context.beat()
+        run.context.note_progress()
         run.watchdog.watch()
     return "finished" if state.step >= config.max_steps else "stopped"
 
@@ -89,7 +89,7 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
                 loss = run.train_model(ids, targets)
             scaler.scale(loss * run.reduction.weight).backward()
         run.reduction.add(loss.detach())
-        run.context.beat()
+        run.context.note_progress()
     mean_loss = run.reduction.finish()
     lr = optim.learning_rate(
         run.state.step + 1,
@@ -122,7 +122,7 @@ def go_back(run: Run, result: StepResult) -> None:
     """Take up the last checkpoint again and pass over the data consumed since; every rank sees the same loss."""
     spike_step, loss = run.state.step + 1, float(result.loss)
     report_saves(run, wait=True)
-    found = run.context.from_main(lambda: resume.find_checkpoint(run.writer.directory))
+    found = run.context.run_on_main(lambda: resume.find_checkpoint(run.writer.directory))
     resume.restore_weights(found, run.context, run.model)
     restored = resume.restore(found, run.context, run.model, run.optimizer, run.precision.scaler)
     run.state.step, run.state.tokens_seen, run.state.data_hash = astuple(restored)
@@ -161,7 +161,7 @@ def run_training(config: TrainConfig) -> int:
                 )
                 run.log.status("finished", step=run.state.step)
                 return 0
-            context.together(lambda: note_start(run))
+            context.run_on_all(lambda: note_start(run))
             run.log.event("start", step=run.state.step, world_size=context.world_size, dtype=str(run.precision.dtype))
             run.log.status("running", step=run.state.step)
             stop.at_end(lambda state, why: run.log.status(state, step=run.state.step, **why))

@@ -22,7 +22,8 @@ from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.huggingface import load_model
 from gpt2_ddp.optim.optimizer import apply_update, make_optimizer, optimizer_tensors
-from gpt2_ddp.system.precision import choose_dtype, found_hardware, peak_flops
+from gpt2_ddp.system.hardware import found_hardware, peak_flops
+from gpt2_ddp.system.precision import choose_dtype
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 CAPABILITY = torch.cuda.get_device_capability(0) if GPUS else (0, 0)

@@ -163,19 +163,19 @@ with suppress(KeyError), open_context("cpu") as context:
     assert context.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert context.broadcast(f"from {rank}") == "from 0"
 
-    assert context.together(lambda: rank) == rank
+    assert context.run_on_all(lambda: rank) == rank
     for failing in (0, 1):
-        said = raised(lambda: context.together(fail_on(failing, ValueError("no such shard"))), ValueError)
+        said = raised(lambda: context.run_on_all(fail_on(failing, ValueError("no such shard"))), ValueError)
         assert said == ("no such shard" if rank == failing else f"rank {failing}: no such shard"), said
-    said = raised(lambda: context.together(fail_on(1, OSError(30, "Read-only file system"))), (OSError, ValueError))
+    said = raised(lambda: context.run_on_all(fail_on(1, OSError(30, "Read-only file system"))), (OSError, ValueError))
     assert "Read-only file system" in said
-    said = raised(lambda: context.together(fail_on(rank, ValueError(f"mine is {rank}"))), ValueError)
+    said = raised(lambda: context.run_on_all(fail_on(rank, ValueError(f"mine is {rank}"))), ValueError)
     assert said == f"mine is {rank}"
 
     calls = []
-    assert context.from_main(lambda: calls.append(1) or {"step": 4}) == {"step": 4}
+    assert context.run_on_main(lambda: calls.append(1) or {"step": 4}) == {"step": 4}
     assert len(calls) == (1 if rank == 0 else 0)
-    assert "broken" in raised(lambda: context.from_main(lambda: fail_on(rank, ValueError("broken"))()), ValueError)
+    assert "broken" in raised(lambda: context.run_on_main(lambda: fail_on(rank, ValueError("broken"))()), ValueError)
 
     wanted = {
         "float32": torch.arange(6.0).view(2, 3), "bfloat16": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
@@ -228,11 +228,11 @@ def test_a_single_process_needs_no_group() -> None:
         assert context.sum(torch.tensor(2.0)) == 2
         assert (context.max(-3), context.any(True), context.any(False)) == (-3, True, False)
         assert context.gather("x") == ["x"]
-        assert context.broadcast("x") == context.together(lambda: "x") == context.from_main(lambda: "x") == "x"
+        assert context.broadcast("x") == context.run_on_all(lambda: "x") == context.run_on_main(lambda: "x") == "x"
         linear = torch.nn.Linear(2, 2)
         assert context.wrap(linear) is linear
         with pytest.raises(ValueError, match="mine"):
-            context.together(lambda: (_ for _ in ()).throw(ValueError("mine")))
+            context.run_on_all(lambda: (_ for _ in ()).throw(ValueError("mine")))
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

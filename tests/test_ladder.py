@@ -88,7 +88,7 @@ class Alone(DistContext):
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def together(self, make: Any) -> Any:
+    def run_on_all(self, make: Any) -> Any:
         return make()
 
 

@@ -33,7 +33,8 @@ from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.kernels import PRODUCT_ROWS, accumulate, head_loss
 from gpt2_ddp.model.memory import USABLE, TrainingMemory, parameter_count, training_memory
 from gpt2_ddp.optim.optimizer import zero_gradients
-from gpt2_ddp.system.precision import Precision, found_hardware
+from gpt2_ddp.system.hardware import found_hardware
+from gpt2_ddp.system.precision import Precision
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
 

@@ -13,17 +13,8 @@ import pytest
 import torch
 from drivers import warm
 
-from gpt2_ddp.system.precision import (
-    COMPILE_FLOPS,
-    Hardware,
-    MatmulSpeed,
-    Precision,
-    choose_compile,
-    choose_dtype,
-    found_hardware,
-    measure_speed,
-    peak_flops,
-)
+from gpt2_ddp.system.hardware import Hardware, found_hardware, peak_flops
+from gpt2_ddp.system.precision import COMPILE_FLOPS, MatmulSpeed, Precision, choose_compile, choose_dtype, measure_speed
 
 CPU = torch.device("cpu")
 MACHINES = {

@@ -31,7 +31,7 @@ from gpt2_ddp.system import cli
 from gpt2_ddp.system.allocator import PRELOAD, find_tcmalloc, preloaded
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import require_writable
-from gpt2_ddp.system.precision import found_hardware
+from gpt2_ddp.system.hardware import found_hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ def show_scaling(shapes: Shapes, context: DistContext) -> None:
     """Tokens/s of one rank alone and of all together."""
     fastest = ladder(context.device)[-1]
     alone = replace(context, world_size=1)
-    times = context.together(lambda: measure(shapes, fastest, alone)[0] if context.is_main else [1.0])
+    times = context.run_on_all(lambda: measure(shapes, fastest, alone)[0] if context.is_main else [1.0])
     one = statistics.median(context.broadcast(times))
     together = statistics.median(measure(shapes, fastest, context)[0])
     rate = context.world_size * shapes.total_batch_size / together

@@ -21,7 +21,8 @@ from gpt2_ddp.model.vocabulary import VOCAB_SIZE
 from gpt2_ddp.optim.optimizer import allocate_state, apply_update, parameter_groups
 from gpt2_ddp.system.allocator import find_tcmalloc, keep_freed_memory
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, found_hardware, measure_speed, peak_flops
+from gpt2_ddp.system.hardware import found_hardware, peak_flops
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, measure_speed
 
 LEARNING_RATE = 6e-4
 
@@ -179,7 +180,7 @@ def measure(shapes: Shapes, rung: Rung, context: DistContext) -> tuple[list[floa
     if rung.kept_memory:
         keep_freed_memory()
     requested, hardware = "auto" if rung.mixed else "float32", found_hardware(device)
-    speed = context.from_main(lambda: measure_speed(requested, hardware, model_config(shapes.model).n_embd))
+    speed = context.run_on_main(lambda: measure_speed(requested, hardware, model_config(shapes.model).n_embd))
     dtype = choose_dtype(requested, hardware, speed)[0]
     precision = Precision.of(dtype, device)
     model = rung_model(shapes, rung).to(device)

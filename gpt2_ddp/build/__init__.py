@@ -40,7 +40,8 @@ from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.run import Run, Sources
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
-from gpt2_ddp.system.precision import Hardware, Precision, allow_tf32, choose_dtype, found_hardware, measure_speed
+from gpt2_ddp.system.hardware import Hardware, found_hardware
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, measure_speed
 
 CHECKPOINT_BYTES = 12
 """Of each parameter: itself and AdamW's two moments in float32."""
@@ -61,10 +62,10 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
     config = settle_micro_batch(config, context, precision, hardware)
     config, told = settle_validation(config, context)
-    plan = context.together(lambda: plan_batches(config, context.world_size))
+    plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
     sources = share_sources(config, context, plan)
-    found = context.from_main(lambda: find_start(config, sources.fingerprint, held))
-    boards = context.together(lambda: open_boards(config, context, found.state.get("step", 0)))
+    found = context.run_on_main(lambda: find_start(config, sources.fingerprint, held))
+    boards = context.run_on_all(lambda: open_boards(config, context, found.state.get("step", 0)))
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
@@ -73,7 +74,9 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
     guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
-    log = context.together(lambda: open_log(config, context, state.step, boards, [*found.said, *told, *said_of_dtype]))
+    log = context.run_on_all(
+        lambda: open_log(config, context, state.step, boards, [*found.said, *told, *said_of_dtype])
+    )
     return Run(
         config=config,
         context=context,
@@ -103,7 +106,7 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
 
     A CPU is measured on rank 0 while the others wait. Every start of a run on the same kind of device computes alike.
     """
-    began = context.from_main(lambda: resume.saved_dtype(config, hardware.device_type))
+    began = context.run_on_main(lambda: resume.saved_dtype(config, hardware.device_type))
     said = []
     if config.dtype != "auto" and began not in (None, config.dtype):
         said.append(f"dtype: {config.dtype} by --dtype; the run had {began}")
@@ -111,7 +114,7 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
         said.append(f"dtype: {began}, as at the start before; --dtype changes it")
     requested = began if began and config.dtype == "auto" else config.dtype
     width = model_config(config.model).n_embd
-    speed = context.from_main(lambda: measure_speed(requested, hardware, width))
+    speed = context.run_on_main(lambda: measure_speed(requested, hardware, width))
     dtype, note = choose_dtype(requested, hardware, speed)
     return dtype, [*said, *([note] if note else [])]
 
@@ -129,7 +132,7 @@ def hold_directory(out_dir: Path, held: ExitStack) -> None:
 
 def settle_validation(config: TrainConfig, context: DistContext) -> tuple[TrainConfig, list[str]]:
     """Without validation where rank 0's data were prepared so, and `--val-every` is the default; collective."""
-    manifest = context.from_main(lambda: read_manifest(config.data_dir))
+    manifest = context.run_on_main(lambda: read_manifest(config.data_dir))
     if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
         return config, []
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
@@ -179,7 +182,7 @@ def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan) ->
     Raises:
         UserError: for what is missing, broken, too little, or another one on some rank.
     """
-    sources = context.together(lambda: open_sources(config, plan))
+    sources = context.run_on_all(lambda: open_sources(config, plan))
     require_same_data(context, sources.fingerprint)
     return sources
 

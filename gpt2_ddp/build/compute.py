@@ -20,14 +20,15 @@ from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.system.allocator import keep_freed_memory
 from gpt2_ddp.system.errors import OneRankError, UserError
-from gpt2_ddp.system.precision import Hardware, Precision, choose_compile
+from gpt2_ddp.system.hardware import Hardware
+from gpt2_ddp.system.precision import Precision, choose_compile
 
 
 def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:
     """The raw model with the weights to begin with, the same on every rank, and an optimizer over it."""
     if context.device.type == "cpu":
         keep_freed_memory()
-    model = context.together(lambda: start_weights(config, found, context))
+    model = context.run_on_all(lambda: start_weights(config, found, context))
     context.broadcast_tensors(dict(model.named_parameters()))
     model.activation_checkpointing = config.activation_checkpointing
     betas = (config.beta1, config.beta2)

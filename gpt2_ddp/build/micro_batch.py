@@ -18,17 +18,18 @@ from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
 from gpt2_ddp.optim.optimizer import allocate_state, make_optimizer, zero_gradients
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.precision import Hardware, Precision
+from gpt2_ddp.system.hardware import Hardware
+from gpt2_ddp.system.precision import Precision
 
 
 def settle_micro_batch(
     config: TrainConfig, context: DistContext, precision: Precision, hardware: Hardware
 ) -> TrainConfig:
     """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
-    context.together(lambda: require_fit(model_config(config.model), context.device))
+    context.run_on_all(lambda: require_fit(model_config(config.model), context.device))
     if config.micro_batch_size != "auto":
         return config
-    size = context.from_main(lambda: resume.saved_micro_batch(config, context.world_size))
+    size = context.run_on_main(lambda: resume.saved_micro_batch(config, context.world_size))
     return replace(
         config,
         micro_batch_size=size

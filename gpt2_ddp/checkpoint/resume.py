@@ -245,7 +245,7 @@ def restore_weights(found: Resume, context: DistContext, model: GPT) -> None:
     """Put the weights of the checkpoint into `model` on every rank; rank 0 reads them."""
     path = found.path
     assert path is not None  # `find_checkpoint` raises where there is none
-    context.together(lambda: pretrained.load_weights(path, model) if context.is_main else None)
+    context.run_on_all(lambda: pretrained.load_weights(path, model) if context.is_main else None)
     context.broadcast_tensors(dict(model.named_parameters()))
 
 
@@ -264,7 +264,7 @@ def restore(
         if context.is_main:
             optim.load_optimizer_tensors(model, optimizer, checkpoint.read_tensors(file))
 
-    context.together(load)  # whole, before the first is sent: an error of rank 0 leaves nobody waiting
+    context.run_on_all(load)  # whole, before the first is sent: an error of rank 0 leaves nobody waiting
     context.broadcast_tensors(optim.optimizer_tensors(model, optimizer))
     if scaler.is_enabled() and resume.state["scaler"]:
         scaler.load_state_dict(resume.state["scaler"])

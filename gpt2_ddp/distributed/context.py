@@ -84,7 +84,7 @@ class DistContext:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
-    def together(self, make: Callable[[], T]) -> T:
+    def run_on_all(self, make: Callable[[], T]) -> T:
         """What `make` returns here; where it fails on any rank it fails on all, so that none is left waiting.
 
         Raises:
@@ -103,9 +103,9 @@ class DistContext:
                 raise UserError(f"rank {rank}: {message}")
         return cast(T, value)
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def run_on_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; it runs there alone, and its error is everybody's."""
-        return self.broadcast(self.together(lambda: make() if self.is_main else cast(T, None)))
+        return self.broadcast(self.run_on_all(lambda: make() if self.is_main else cast(T, None)))
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put rank 0's numbers into the `tensors` of every rank, in place and one by one, so that no second set exists.
@@ -119,7 +119,7 @@ class DistContext:
             return
         mine = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()]
         theirs = self.broadcast(mine)
-        self.together(lambda: require_same_tensors(mine, theirs))
+        self.run_on_all(lambda: require_same_tensors(mine, theirs))
         for tensor in tensors.values():
             dist.broadcast(tensor.detach(), src=0)
 
@@ -141,7 +141,7 @@ class DistContext:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True)
 
-    def beat(self) -> None:
+    def note_progress(self) -> None:
         """Note that this rank gets on with its work."""
         self.pulse.beats += 1
 

@@ -167,7 +167,7 @@ def score(
     with evaluating(model), autocast or nullcontext():
         mine = batches[context.rank :: context.world_size]
         for batch in tqdm(mine, desc="HellaSwag", unit="batch", disable=not (progress and context.is_main)):
-            context.beat()
+            context.note_progress()
             _score_batch(model, batch, scores)
     return context.sum(scores).view(-1, ENDINGS)
 

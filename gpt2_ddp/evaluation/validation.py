@@ -26,7 +26,7 @@ def validation_loss(
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
     with evaluating(model), autocast:
         for ids, targets in batches:
-            context.beat()
+            context.note_progress()
             loss = model(ids.to(context.device), targets.to(context.device))
             total += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
     loss_sum, tokens = context.sum(total).tolist()

@@ -118,7 +118,7 @@ def broken(context: DistContext, config: TrainConfig, found: Resume) -> None:
 def try_all(context: DistContext) -> None:
     config = TrainConfig(model="gpt2-deep", sequence_length=16, seed=11 + context.rank)
     saved = fresh_start(context, config)
-    found = context.from_main(lambda: resume.find_checkpoint(Path("run/checkpoints")))
+    found = context.run_on_main(lambda: resume.find_checkpoint(Path("run/checkpoints")))
     resumed(context, config, found, saved)
     broken(context, config, found)
 

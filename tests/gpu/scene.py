@@ -24,7 +24,8 @@ from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.model.gpt import SIZES, GPTConfig
 from gpt2_ddp.periodic import StepResult
 from gpt2_ddp.run import Run
-from gpt2_ddp.system.precision import Hardware, choose_dtype, found_hardware
+from gpt2_ddp.system.hardware import Hardware, found_hardware
+from gpt2_ddp.system.precision import choose_dtype
 from gpt2_ddp.train import train_step
 
 KINDS = (
