@@ -12,8 +12,9 @@ import torch
 
 from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import ValidationData, Windows
+from gpt2_ddp.data.loader import ValidationData
 from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPTConfig
 from gpt2_ddp.model.kernels import LARGE_MEMORY, head_rows_for

@@ -7,8 +7,6 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +18,7 @@ from gpt2_ddp.evaluation import hellaswag
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
+from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.files import read_json, replace_file
 from gpt2_ddp.system.hardware import peak_flops
@@ -36,39 +35,6 @@ class StepResult:
     loss: Tensor
     grad_norm: Tensor
     lr: float
-
-
-class StepTimer:
-    """Seconds spent in training steps alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = time.perf_counter()
-
-    def restart(self) -> float:
-        """Seconds since the last restart, once the device has done what it was given."""
-        now = self._settled()
-        seconds, self._start = now - self._start, now
-        return seconds
-
-    @contextmanager
-    def paused(self, *, due: bool) -> Iterator[None]:
-        """Within it the clock stands still, if something that is no step is `due`; otherwise nobody waits for anything.
-
-        The device first does what the steps gave it: their time is theirs, even if it is the pause that waits for it.
-        """
-        if not due:
-            yield
-            return
-        before = self._settled()
-        yield
-        self._start += self._settled() - before
-
-    def _settled(self) -> float:
-        """The time at which the device has done what it was given."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def note_start(run: Run) -> None:

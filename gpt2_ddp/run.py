@@ -10,7 +10,9 @@ from torch import nn
 from gpt2_ddp.checkpoint.resume import TrainState
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import BatchPlan, TrainData, ValidationData, Windows
+from gpt2_ddp.data.loader import TrainData, ValidationData
+from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import GradientReduction
 from gpt2_ddp.distributed.stopping import StopRequest

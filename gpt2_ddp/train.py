@@ -18,15 +18,16 @@ from gpt2_ddp.build import build_run
 from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import StepBatch, chained_hash
+from gpt2_ddp.data.loader import StepBatch
+from gpt2_ddp.data.order import chained_hash
 from gpt2_ddp.distributed.context import open_context
 from gpt2_ddp.distributed.drift import require_equal_ranks
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import leaving_with_torchrun
+from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.periodic import (
     StepResult,
-    StepTimer,
     is_due,
     log_step,
     note_start,

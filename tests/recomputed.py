@@ -14,7 +14,7 @@ from drivers import warm
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2_ddp.data.loader import permute
+from gpt2_ddp.data.order import permute
 from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.huggingface import load_model
 

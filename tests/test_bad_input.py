@@ -14,7 +14,7 @@ import torch
 from drivers import warm
 from running import checkpoint, run, train_command, tree, write_shards
 
-from gpt2_ddp.data.loader import permute
+from gpt2_ddp.data.order import permute
 from gpt2_ddp.data.shards import write_shard
 from gpt2_ddp.distributed.context import choose_device
 

@@ -14,8 +14,10 @@ import torch
 from running import checkpoint, copy_until, final_hashes, metrics, python, run, train, train_command
 from safetensors.torch import load_file
 
-from gpt2_ddp.data.loader import BatchPlan, TrainData, Windows
+from gpt2_ddp.data.loader import TrainData
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data_cost import CACHED, MAPPED, OPEN, PEAK, SETS, USS, WINDOWS, make_set, measured_apart
 
-from gpt2_ddp.data.loader import OPEN_SHARDS
+from gpt2_ddp.data.windows import OPEN_SHARDS
 
 BATCHES = 4
 PAGE = 4096

@@ -12,7 +12,7 @@ from running import ROOT, SMALL, python, run, train_command
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt2_ddp.data.loader import permute
+from gpt2_ddp.data.order import permute
 from gpt2_ddp.distributed.context import choose_device, open_context
 from gpt2_ddp.model.gpt import GPT, model_config
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.system import cli
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.system import cli
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from gpt2_ddp.build import build_run
 from gpt2_ddp.build.compute import compiled_or_not
 from gpt2_ddp.build.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from running import ROOT, run
 
-from gpt2_ddp.data.loader import fingerprint
 from gpt2_ddp.data.shards import (
     Manifest,
     OpenShard,
@@ -27,6 +26,7 @@ from gpt2_ddp.data.shards import (
     write_manifest,
     write_shard,
 )
+from gpt2_ddp.data.windows import fingerprint
 
 TOKENS = np.arange(5000, dtype=np.uint16)
 
@@ -205,7 +205,7 @@ def test_the_largest_shard_costs_no_more_than_a_small_one(tmp_path: Path) -> Non
         file.truncate(1024 + 2 * most)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from gpt2_ddp.data.loader import fingerprint; from gpt2_ddp.data.shards import find_shards\n"
+        "from gpt2_ddp.data.windows import fingerprint; from gpt2_ddp.data.shards import find_shards\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); shards = find_shards(Path(sys.argv[1]), 'train'); fingerprint(shards)\n"
         "print(shards[0].open()[-1], shards[0].tokens, (peak() - before) // 1024)"

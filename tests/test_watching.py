@@ -17,11 +17,12 @@ from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
-from gpt2_ddp import periodic as events
+from gpt2_ddp import periodic
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.hellaswag import HellaSwagResult, evaluate, read_examples
 from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.model.huggingface import load_model
 
 SMALL = ("--model", "gpt2-nano", "--max-steps", "6", "--dropout", "0.1")
@@ -75,7 +76,7 @@ def test_any_cadence_gives_the_same_weights(
     assert final_hashes(tmp_path / "run") == final_hashes(unwatched)
     assert done.stdout.count("3 of 3 examples cut on the left") == (scored and 6 // scored + bool(6 % scored))
     if sample:  # reads no more tokens at once than the run is trained with
-        model, prompt = load_model(checkpoint(tmp_path / "run")), load_tokenizer().encode(events.SAMPLE_PROMPT)
+        model, prompt = load_model(checkpoint(tmp_path / "run")), load_tokenizer().encode(periodic.SAMPLE_PROMPT)
         [row] = generate(model, prompt, max_new_tokens=48, top_k=50, seed=1337 + 6, sequence_length=8).tolist()
         assert metrics(tmp_path / "run", "sample")[-1]["text"] == load_tokenizer().decode(row)
     for event, every in (("val", val), ("hellaswag", scored), ("sample", sample), ("train", log)):
@@ -158,9 +159,9 @@ def test_what_the_device_still_computes_counts_as_steps(monkeypatch: pytest.Monk
         assert device == torch.device("cuda", 1)
         clock["now"] = max(clock.values())
 
-    monkeypatch.setattr(events.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    timer = events.StepTimer(torch.device("cuda", 1))
+    timer = StepTimer(torch.device("cuda", 1))
     for heavy in (False, True, False, False):
         give(2.0)
         with timer.paused(due=heavy):

@@ -15,16 +15,11 @@ from gpt2_ddp.build.micro_batch import settle_micro_batch
 from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import (
-    BatchPlan,
-    TrainData,
-    ValidationData,
-    Windows,
-    fingerprint,
-    require_one_step,
-)
+from gpt2_ddp.data.loader import TrainData, ValidationData
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.tokenizer import tokenizer_files
+from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
 from gpt2_ddp.distributed.context import DistContext, release
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import use_deterministic_kernels

@@ -10,7 +10,7 @@ from torch import nn
 
 from gpt2_ddp.checkpoint.resume import Resume
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed import reduction as gradients
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.metrics.log import warn

@@ -11,7 +11,7 @@ import torch
 from gpt2_ddp.build.compute import compiles, warm_up
 from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config

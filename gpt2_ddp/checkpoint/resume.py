@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.config import TrainConfig, differences, flag
-from gpt2_ddp.data.loader import BatchPlan
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT

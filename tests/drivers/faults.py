@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from drivers.disk import Disk
 
-from gpt2_ddp import build, train
-from gpt2_ddp import periodic as events
+from gpt2_ddp import build, periodic, train
 from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import writer as saver
 from gpt2_ddp.data.loader import StepBatch, TrainData
@@ -35,7 +34,7 @@ RANK = int(os.environ.get("RANK", "0"))
 def before_step(do: Callable[[Run, StepBatch], None]) -> None:
     original = train.train_step
 
-    def train_step(run: Run, batch: StepBatch) -> events.StepResult:
+    def train_step(run: Run, batch: StepBatch) -> periodic.StepResult:
         do(run, batch)
         return original(run, batch)
 

@@ -14,8 +14,8 @@ import torch
 from drivers.faults import RANK, before_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp import periodic as events
-from gpt2_ddp import train
+from gpt2_ddp import periodic, train
+from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.run import Run
 
 
@@ -69,14 +69,14 @@ def watch_compiled(*, listing: str) -> None:
 def watch_clock(*, listing: str) -> None:
     """List the steps after which the clock of the steps waits for the device."""
     step, waited = [0], set[int]()
-    original = events.StepTimer._settled
+    original = StepTimer._settled
 
-    def settled(timer: events.StepTimer) -> float:
+    def settled(timer: StepTimer) -> float:
         waited.add(step[0])
         Path(listing).write_text(json.dumps(sorted(waited)))
         return original(timer)
 
-    events.StepTimer._settled = settled
+    StepTimer._settled = settled
     before_step(lambda _, batch: step.__setitem__(0, batch.step))
 
 
@@ -105,7 +105,7 @@ def work_clock(*, step: float, beside: float) -> None:
 
 def known_peak(*, flops: float) -> None:
     """The device is one whose peak is known."""
-    events.peak_flops = lambda *_: flops
+    periodic.peak_flops = lambda *_: flops
 
 
 def watch_shares(*, listing: str) -> None:

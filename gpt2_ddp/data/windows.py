@@ -1,0 +1,83 @@
+"""Token shards as windows of a sequence and the token after it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2_ddp.data.order import Indices
+from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.shards import OpenShard, Shard, check_tokens
+from gpt2_ddp.system.errors import UserError
+
+OPEN_SHARDS = 128
+"""Shards that a reader keeps open: there can be more of them than files that a process may open."""
+
+
+class Windows:
+    """All windows of `sequence_length + 1` tokens of some shards, in file order; none crosses a shard's end.
+
+    Neighbours share one token: the last target of one is the first input of the next.
+    """
+
+    def __init__(self, shards: Sequence[Shard], sequence_length: int) -> None:
+        self.shards = shards
+        self.sequence_length = sequence_length
+        counts = [max(0, shard.tokens - 1) // sequence_length for shard in shards]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._begins = self._ends - counts
+        self._opened = lru_cache(maxsize=OPEN_SHARDS)(lambda number: OpenShard(shards[number]))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, windows: Indices) -> Tensor:
+        """The tokens of `windows` (n,) as int64 (n, sequence_length + 1).
+
+        Raises:
+            UserError: where a token is past the vocabulary, naming the shard.
+        """
+        numbers = np.searchsorted(self._ends, windows, side="right")
+        firsts = ((windows - self._begins[numbers]) * self.sequence_length).tolist()
+        opened = [self._opened(number) for number in numbers.tolist()]
+        tokens = np.empty((len(windows), self.sequence_length + 1), "<u2")
+        for shard, first in zip(opened, firsts, strict=True):
+            shard.expect(first, tokens.shape[1])
+        for shard, first, row in zip(opened, firsts, tokens, strict=True):
+            shard.read(first, row)
+            check_tokens(shard.shard, row, first)
+        return torch.from_numpy(tokens.astype(np.int64))
+
+
+def require_one_step(windows: Windows, plan: BatchPlan) -> None:
+    """Raise a ValueError where the data has fewer windows than one step consumes, with flags that it is enough for."""
+    if len(windows) < plan.sequences_per_step:
+        ranks, most = plan.world_size, max(plan.world_size, len(windows))
+        length = plan.sequence_length if most == len(windows) else (max(s.tokens for s in windows.shards) - 1) // ranks
+        micro = min(plan.micro_batch_size, most // ranks)
+        total = most // (micro * ranks) * micro * ranks * length
+        flags = f"--sequence-length {length} --micro-batch-size {micro} --total-batch-size {total}"
+        raise UserError(
+            f"{windows.shards[0].path.parent} holds {len(windows)} training windows of {plan.sequence_length} tokens, "
+            f"and one step needs {plan.sequences_per_step}: prepare more data{f', or give {flags}' if length else ''}"
+        )
+
+
+def fingerprint(shards: Sequence[Shard]) -> str:
+    """Hex SHA-256 of what the data is: of each shard in order its token count, head, tail and blocks between.
+
+    Wherever the directory lies the answer is the same. The cost per shard is constant.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(shard.tokens.to_bytes(8, "little"))
+        opened, block = OpenShard(shard), np.empty(min(4096, shard.tokens), "<u2")
+        for start in np.linspace(0, shard.tokens - len(block), num=8, dtype=np.int64).tolist():
+            opened.read(start, block)
+            digest.update(block.tobytes())
+    return digest.hexdigest()
