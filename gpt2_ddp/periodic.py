@@ -1,4 +1,4 @@
-"""What a run does beside its steps: note its start, log, validate, score HellaSwag, sample, save."""
+"""What a run does beside its steps: note its start, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -7,25 +7,19 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpt2_ddp.checkpoint import resume
-from gpt2_ddp.data.tokenizer import load_tokenizer
-from gpt2_ddp.evaluation import hellaswag
-from gpt2_ddp.evaluation.sampling import generate
-from gpt2_ddp.evaluation.validation import validation_loss
+from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.files import read_json, replace_file
 from gpt2_ddp.system.hardware import peak_flops
-
-SAMPLE_PROMPT = "Language is"
-SAMPLE_TOKENS = 48
-SAMPLE_TOP_K = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,52 +90,18 @@ def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
         )
 
 
-def validate(run: Run) -> None:
-    data, context = run.sources.validation, run.context
-    assert data is not None  # `open_sources` made it, since --val-every is not 0
-    batches = data.batches(rank=context.rank, world_size=context.world_size)
-    loss = validation_loss(run.model, batches, context, run.precision.autocast())
-    run.log.say(f"step {run.state.step} | val loss: {loss:.6f} over {data.tokens} tokens")
-    run.log.event("val", step=run.state.step, val_loss=loss, tokens=data.tokens)
+def evaluations_due(run: Run) -> list[Evaluation]:
+    """What is to be asked of the model after this step."""
+    return [evaluation for evaluation in run.evaluations if is_due(run, evaluation.every)]
 
 
-def score_hellaswag(run: Run) -> None:
-    result = hellaswag.evaluate(
-        run.model,
-        run.sources.hellaswag,
-        protocol=run.config.hellaswag_protocol,
-        context=run.context,
-        sequence_length=run.config.sequence_length,
-        autocast=run.precision.autocast(),
-    )
-    cut = f", {result.cut} of {result.examples} examples cut on the left" if result.cut else ""
-    run.log.say(f"step {run.state.step} | HellaSwag acc: {result.acc:.4f} acc_norm: {result.acc_norm:.4f}{cut}")
-    run.log.event(
-        "hellaswag",
-        step=run.state.step,
-        protocol=result.protocol,
-        acc=result.acc,
-        acc_norm=result.acc_norm,
-        examples=result.examples,
-    )
-
-
-def sample(run: Run) -> None:
-    """Rank 0 writes on from a prompt; the others go ahead and wait in their next collective."""
-    if run.context.is_main:
-        encoding = load_tokenizer()
-        tokens = generate(
-            run.model,
-            encoding.encode_ordinary(SAMPLE_PROMPT),
-            max_new_tokens=SAMPLE_TOKENS,
-            top_k=SAMPLE_TOP_K,
-            seed=run.config.seed + run.state.step,
-            sequence_length=run.config.sequence_length,
-            autocast=run.precision.autocast(),
-        )
-        text = encoding.decode(tokens[0].tolist())
-        run.log.say(f"step {run.state.step} | sample: {text}")
-        run.log.event("sample", step=run.state.step, text=text)
+def evaluate(run: Run, evaluations: Iterable[Evaluation]) -> None:
+    """Ask the raw model, one evaluation after the other, and log what they find; collective."""
+    for evaluation in evaluations:
+        found = evaluation.run(run.model, run.context, run.precision.autocast(), step=run.state.step)
+        if found is not None:
+            run.log.say(found.line)
+            run.log.event(evaluation.name, step=run.state.step, **found.values)
 
 
 def save(run: Run, *, final: bool = False) -> None:

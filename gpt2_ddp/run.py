@@ -10,14 +10,14 @@ from torch import nn
 from gpt2_ddp.checkpoint.resume import TrainState
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import TrainData, ValidationData
+from gpt2_ddp.data.loader import TrainData
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import GradientReduction
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
-from gpt2_ddp.evaluation.hellaswag import Example
+from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import RunLog
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim import optimizer as optim
@@ -31,8 +31,7 @@ class Sources:
     """The data of a run, checked. `fingerprint` tells the training tokens from any others."""
 
     train: Windows
-    validation: ValidationData | None
-    hellaswag: tuple[Example, ...]
+    evaluations: tuple[Evaluation, ...]
     fingerprint: str
 
 
@@ -54,6 +53,7 @@ class Run:
     numerics: dict[str, object] | None
     data: TrainData
     sources: Sources
+    evaluations: tuple[Evaluation, ...]
     log: RunLog
     writer: CheckpointWriter
     stop: StopRequest

@@ -28,14 +28,13 @@ from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.periodic import (
     StepResult,
+    evaluate,
+    evaluations_due,
     is_due,
     log_step,
     note_start,
     report_saves,
-    sample,
     save,
-    score_hellaswag,
-    validate,
 )
 from gpt2_ddp.run import Run
 from gpt2_ddp.system import cli
@@ -58,13 +57,9 @@ def train(run: Run) -> str:
         state.data_hash = chained_hash(state.data_hash, batch.windows)
         if is_due(run, config.log_every):
             log_step(run, result, timer)
-        with timer.paused(due=is_due(run, config.val_every, config.hellaswag_every, config.sample_every)):
-            if is_due(run, config.val_every):
-                validate(run)
-            if is_due(run, config.hellaswag_every):
-                score_hellaswag(run)
-            if is_due(run, config.sample_every):
-                sample(run)
+        evaluations = evaluations_due(run)
+        with timer.paused(due=bool(evaluations)):
+            evaluate(run, evaluations)
             stopping = run.stop.agreed(run.context)
         saving = stopping or is_due(run, config.checkpoint_every) or state.step == config.max_steps
         comparing = config.check_ranks_every > 0 and (saving or is_due(run, config.check_ranks_every))

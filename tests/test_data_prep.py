@@ -66,7 +66,8 @@ def test_demo_is_the_language_reference_by_topic(tmp_path: Path) -> None:
     assert split_tokens(tmp_path, "train") == expected_tokens(texts[in_val:])
     assert f"python train_gpt2.py --data-dir {tmp_path}" in done.stdout
     config = TrainConfig(data_dir=tmp_path)  # whose other defaults are right for it
-    assert open_sources(config, plan_batches(config, world_size=8)).validation
+    [validation] = open_sources(config, plan_batches(config, world_size=8)).evaluations
+    assert validation.name == "val"
     assert "tokens/s" in done.stderr
     for record in manifest(tmp_path)["shards"]:
         assert sha256(tmp_path / record["name"]) == record["sha256"]

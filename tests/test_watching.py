@@ -17,9 +17,9 @@ from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
-from gpt2_ddp import periodic
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation import sampling
 from gpt2_ddp.evaluation.hellaswag import HellaSwagResult, evaluate, read_examples
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.metrics.timer import StepTimer
@@ -76,7 +76,7 @@ def test_any_cadence_gives_the_same_weights(
     assert final_hashes(tmp_path / "run") == final_hashes(unwatched)
     assert done.stdout.count("3 of 3 examples cut on the left") == (scored and 6 // scored + bool(6 % scored))
     if sample:  # reads no more tokens at once than the run is trained with
-        model, prompt = load_model(checkpoint(tmp_path / "run")), load_tokenizer().encode(periodic.SAMPLE_PROMPT)
+        model, prompt = load_model(checkpoint(tmp_path / "run")), load_tokenizer().encode(sampling.PROMPT)
         [row] = generate(model, prompt, max_new_tokens=48, top_k=50, seed=1337 + 6, sequence_length=8).tolist()
         assert metrics(tmp_path / "run", "sample")[-1]["text"] == load_tokenizer().decode(row)
     for event, every in (("val", val), ("hellaswag", scored), ("sample", sample), ("train", log)):
@@ -221,8 +221,8 @@ def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path
     assert (scored.acc, scored.acc_norm) != tuple(vars(scored_alone(out_dir, file, "completion")[0])[name]
                                                   for name in ("acc", "acc_norm"))  # fmt: skip
     shares = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
-    assert [share["validate"] for share in shares] == [7 * 80, 7 * 80]
-    assert sum(share["score_hellaswag"] for share in shares) == 3 * tokens
+    assert [share["Validation"] for share in shares] == [7 * 80, 7 * 80]
+    assert sum(share["HellaSwag"] for share in shares) == 3 * tokens
 
     flops = 6 * (2 * 12 * 64**2 + 50304 * 64) + 12 * 2 * 64 * 16  # a token: 6 a weight, and attention's two products
     for entry in metrics(out_dir):

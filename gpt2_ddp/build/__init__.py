@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from gpt2_ddp.build.compute import choose_numerics, make_reduction, start_model, trainable
+from gpt2_ddp.build.evaluations import make_evaluations
 from gpt2_ddp.build.micro_batch import settle_micro_batch
 from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.loader import TrainData, ValidationData
+from gpt2_ddp.data.loader import TrainData
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.tokenizer import tokenizer_files
@@ -25,7 +26,6 @@ from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import use_deterministic_kernels
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
-from gpt2_ddp.evaluation.hellaswag import read_examples
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
 from gpt2_ddp.model.gpt import model_config
@@ -87,6 +87,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         guard=guard,
         data=open_data(config, context, plan, sources.train, first_step=state.step + guard.passed_over + 1),
         sources=sources,
+        evaluations=sources.evaluations,
         log=log,
         writer=open_writer(config, context),
         stop=stop,
@@ -183,7 +184,7 @@ def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan) ->
 
 
 def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
-    """Find and check the training, validation and HellaSwag data that the configuration asks for.
+    """Find and check the data that the configuration asks for, of training and of evaluations.
 
     Raises:
         UserError: for what is missing, broken or too little.
@@ -191,19 +192,8 @@ def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
     train_shards = find_shards(config.data_dir, "train")
     train = Windows(train_shards, config.sequence_length)
     require_one_step(train, plan)
-    validation = None
-    if config.val_every:
-        windows = Windows(find_shards(config.data_dir, "val"), config.sequence_length)
-        if not len(windows):
-            raise UserError(
-                f"the validation shards in {config.data_dir} hold no window of {config.sequence_length} tokens: "
-                "prepare more, or switch validation off with --val-every 0"
-            )
-        validation = ValidationData(
-            windows=windows, val_tokens=config.val_tokens, micro_batch_size=plan.micro_batch_size
-        )
-    hellaswag = tuple(read_examples(config.hellaswag_data)) if config.hellaswag_every else ()
-    return Sources(train=train, validation=validation, hellaswag=hellaswag, fingerprint=fingerprint(train_shards))
+    evaluations = tuple(make_evaluations(config, plan.micro_batch_size))
+    return Sources(train=train, evaluations=evaluations, fingerprint=fingerprint(train_shards))
 
 
 def open_data(

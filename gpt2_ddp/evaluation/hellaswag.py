@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from tiktoken import Encoding
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.gpt import GPT, Block
 from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system.errors import UserError
@@ -208,6 +209,31 @@ def evaluate(
         cut=sum(len(each.context) + max(map(len, each.endings)) > length + 1 for each in questions),
         examples_per_sec=n / (time.perf_counter() - start),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwag:
+    """HellaSwag during training."""
+
+    name: ClassVar[str] = "hellaswag"
+    every: int
+    examples: Sequence[Example]
+    protocol: str
+    sequence_length: int
+
+    def run(self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int) -> Findings:
+        found = evaluate(
+            model,
+            self.examples,
+            protocol=self.protocol,
+            context=context,
+            sequence_length=self.sequence_length,
+            autocast=autocast,
+        )
+        cut = f", {found.cut} of {found.examples} examples cut on the left" if found.cut else ""
+        values = {name: getattr(found, name) for name in ("protocol", "acc", "acc_norm", "examples")}
+        line = f"step {step} | HellaSwag acc: {found.acc:.4f} acc_norm: {found.acc_norm:.4f}{cut}"
+        return Findings(line=line, values=values)
 
 
 def predictions(questions: Sequence[Question], scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.vocabulary import EOT, VOCAB_SIZE
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import evaluating
+
+PROMPT = "Language is"
+NEW_TOKENS, TOP_K = 48, 50
+"""Of a sample during training."""
 
 
 def generate(
@@ -83,3 +92,32 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
         logits, candidates = logits.topk(top_k)
         return candidates.gather(1, torch.multinomial(logits.softmax(-1), 1, generator=generator)).squeeze(1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Text during training; rank 0 writes it, the others go ahead and wait in their next collective."""
+
+    name: ClassVar[str] = "sample"
+    every: int
+    seed: int
+    sequence_length: int
+    prompt: str = PROMPT
+
+    def run(
+        self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int
+    ) -> Findings | None:
+        if not context.is_main:
+            return None
+        encoding = load_tokenizer()
+        tokens = generate(
+            model,
+            encoding.encode_ordinary(self.prompt),
+            max_new_tokens=NEW_TOKENS,
+            top_k=TOP_K,
+            seed=self.seed + step,
+            sequence_length=self.sequence_length,
+            autocast=autocast,
+        )
+        text = encoding.decode(tokens[0].tolist())
+        return Findings(line=f"step {step} | sample: {text}", values={"text": text})

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from gpt2_ddp import build, periodic, train
 from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import writer as saver
 from gpt2_ddp.data.loader import StepBatch, TrainData
+from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.run import Run
 from gpt2_ddp.system import precision
@@ -76,14 +77,14 @@ def hold(*, where: str, step: int, rank: int = 0) -> None:
     if where == "step":
         before_step(lambda run, batch: wait_to_go(run, "held") if batch.step == step else None)
         return
-    original = train.validate
+    original = train.evaluate
 
-    def validate(run: Run) -> None:
+    def evaluate(run: Run, evaluations: Iterable[Evaluation]) -> None:
         if run.state.step == step:
             wait_to_go(run, "held")
-        original(run)
+        original(run, evaluations)
 
-    train.validate = validate
+    train.evaluate = evaluate
 
 
 def hold_save(*, step: int) -> None:

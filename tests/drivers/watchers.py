@@ -15,7 +15,11 @@ from drivers.faults import RANK, before_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ddp import periodic, train
+from gpt2_ddp.evaluation.hellaswag import HellaSwag
+from gpt2_ddp.evaluation.sampling import Sample
+from gpt2_ddp.evaluation.validation import Validation
 from gpt2_ddp.metrics.timer import StepTimer
+from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.run import Run
 
 
@@ -81,9 +85,15 @@ def watch_clock(*, listing: str) -> None:
 
 
 def around(name: str, do: Callable[[Run, Callable[[], Any]], Any]) -> None:
-    """Let `do` call what the loop calls by `name`, such as `validate`."""
+    """Let `do` call what the loop calls by `name`, such as `save`."""
     original = getattr(train, name)
     setattr(train, name, lambda run, *args, **kwargs: do(run, lambda: original(run, *args, **kwargs)))
+
+
+def around_evaluation(kind: type, do: Callable[[GPT, Callable[[], Any]], Any]) -> None:
+    """Let `do` run the evaluations of a kind."""
+    original = kind.run
+    kind.run = lambda self, model, *args, **kwargs: do(model, lambda: original(self, model, *args, **kwargs))
 
 
 def work_clock(*, step: float, beside: float) -> None:
@@ -99,8 +109,10 @@ def work_clock(*, step: float, beside: float) -> None:
 
     time.perf_counter = read
     before_step(lambda *_: spend(step))
-    for name in ("validate", "score_hellaswag", "sample", "save", "require_equal_ranks"):
+    for name in ("save", "require_equal_ranks"):
         around(name, lambda _, work: (spend(beside), work())[1])
+    for kind in (Validation, HellaSwag, Sample):
+        around_evaluation(kind, lambda _, work: (spend(beside), work())[1])
 
 
 def known_peak(*, flops: float) -> None:
@@ -110,22 +122,23 @@ def known_peak(*, flops: float) -> None:
 
 def watch_shares(*, listing: str) -> None:
     """List the tokens that this rank's model has read in validations and HellaSwag, at `listing` and the rank."""
-    tokens = {"validate": 0, "score_hellaswag": 0}
+    tokens = {"Validation": 0, "HellaSwag": 0}
 
-    def watch(name: str) -> Callable[[Run, Callable[[], Any]], None]:
+    def watch(name: str) -> Callable[[GPT, Callable[[], Any]], Any]:
         def count(_: torch.nn.Module, args: Any) -> None:
             tokens[name] += args[0].numel()
 
-        def watched(run: Run, work: Callable[[], Any]) -> None:
-            hook = run.model.wte.register_forward_pre_hook(count)
-            work()
+        def watched(model: GPT, work: Callable[[], Any]) -> Any:
+            hook = model.wte.register_forward_pre_hook(count)
+            found = work()
             hook.remove()
             Path(f"{listing}{RANK}").write_text(json.dumps(tokens))
+            return found
 
         return watched
 
-    for name in tokens:
-        around(name, watch(name))
+    for kind in (Validation, HellaSwag):
+        around_evaluation(kind, watch(kind.__name__))
 
 
 def watch_comparisons(*, listing: str) -> None:
