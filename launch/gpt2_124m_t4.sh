@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPT-2 124M on one T4 (also free notebooks): 32,768 tokens a step, in float16 with a gradient scaler, which --dtype auto
 # takes on a T4. 8 sequences at a time: 5 GiB of the card's 15 with weights, gradients and moments by the arithmetic of
-# launch/GPUS.md, not measured; 16 would need 7. A notebook that ends is no loss: the same command goes on.
+# docs/gpus.md, not measured; 16 would need 7. A notebook that ends is no loss: the same command goes on.
 #
 # Data, once; any other text does as well (python -m data_prep --help):
 #   python -m data_prep shakespeare --out data/shakespeare

@@ -3,7 +3,7 @@
 # Learning rate, batch and warm-up of 375 million tokens: GPT-3 (Brown et al. 2020), table 2.1 and appendix B,
 # its 1.3B model, the nearest.
 # 2 sequences a GPU at a time: 30 GiB with weights, gradients and moments
-# by the arithmetic of launch/GPUS.md, not measured. Cards of 80 GB: gpt2_1558m_8xa100_80gb.sh, the same run, faster.
+# by the arithmetic of docs/gpus.md, not measured. Cards of 80 GB: gpt2_1558m_8xa100_80gb.sh, the same run, faster.
 #
 # Data (about 20 GB of shards, and HellaSwag's validation set), once:
 #   python -m data_prep fineweb-edu --out data/fineweb-edu

@@ -3,7 +3,7 @@
 # Learning rate, batch and warm-up of 375 million tokens: GPT-3 (Brown et al. 2020), table 2.1 and appendix B,
 # its 1.3B model, the nearest.
 # 8 sequences a GPU at a time: 42 GiB with weights, gradients and moments
-# by the arithmetic of launch/GPUS.md, not measured. Cards of 40 GB: gpt2_1558m_8xa100_40gb.sh.
+# by the arithmetic of docs/gpus.md, not measured. Cards of 40 GB: gpt2_1558m_8xa100_40gb.sh.
 #
 # Data (about 20 GB of shards, and HellaSwag's validation set), once:
 #   python -m data_prep fineweb-edu --out data/fineweb-edu

@@ -3,7 +3,7 @@
 # Learning rate, batch and warm-up of 375 million tokens: GPT-3 (Brown et al. 2020), table 2.1 and appendix B,
 # its 760M model.
 # 8 sequences a GPU at a time: 23 GiB with weights, gradients and moments
-# by the arithmetic of launch/GPUS.md, not measured; so it fits cards of 40 GB. Ones of 80 GB take twice that.
+# by the arithmetic of docs/gpus.md, not measured; so it fits cards of 40 GB. Ones of 80 GB take twice that.
 #
 # Data (about 20 GB of shards, and HellaSwag's validation set), once:
 #   python -m data_prep fineweb-edu --out data/fineweb-edu

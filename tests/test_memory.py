@@ -253,7 +253,7 @@ def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
 def test_the_page_about_gpus_is_what_the_command_prints() -> None:
     told = running.run([sys.executable, "-m", "gpt2_ddp.bench.gpus"])
     assert (told.returncode, told.stderr) == (0, "")
-    assert (ROOT / "launch" / "GPUS.md").read_text() == told.stdout, "python -m gpt2_ddp.bench.gpus > launch/GPUS.md"
+    assert (ROOT / "docs" / "gpus.md").read_text() == told.stdout, "python -m gpt2_ddp.bench.gpus > docs/gpus.md"
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("gpt2_*.sh")), ids=lambda path: path.stem)

@@ -1,6 +1,6 @@
 """GPUs on paper: `python -m gpt2_ddp.bench.gpus` prints what the arithmetic says of the usual ones.
 
-launch/GPUS.md is its output.
+docs/gpus.md is its output.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ dash: not one sequence fits. Peak: what `mfu` is a share of, dense matmuls in th
 
 
 def gpu_page(sequence_length: int = 1024) -> str:
-    """What GPT-2 needs of the usual GPUs, on paper, for sequences of that many tokens: the page launch/GPUS.md."""
+    """What GPT-2 needs of the usual GPUs, on paper, for sequences of that many tokens: the page docs/gpus.md."""
     length = sequence_length
     return PAGE.format(
         length=length,
