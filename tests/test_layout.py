@@ -11,66 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from architecture import FLOOR, PATH_LIMIT, SOURCES, code_lines, imported, path_to_a_checkpoint, reached, room
 from running import ROOT, environment
 
-PACKAGES = ("gpt2_ddp", "data_prep", "eval", "launch")
-FLOORS = (
-    ("system",),
-    ("model",),
-    ("config",),
-    ("data",),
-    ("distributed",),
-    ("optim",),
-    ("checkpoint",),
-    ("metrics",),
-    ("evaluation",),
-    ("run",),
-    ("build", "periodic"),
-    ("train", "bench"),
-)
-"""The rooms of gpt2_ddp, the lowest first. A module imports from its own room and from lower floors."""
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-UNKNOWN_TO_EVAL = {"run", "build", "periodic", "train", "bench"}
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
 ALL_FILES = [*SOURCES.values(), *sorted((ROOT / "tests").glob("*.py")), *sorted(ROOT.glob("*.py"))]
-
-
-def imported(module: str) -> set[str]:
-    """Our modules that `module` imports, wherever in it the import stands."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = [".".join(SOURCES[module].relative_to(ROOT).parts[: -node.level])] if node.level else []
-            origin = ".".join([*package, *filter(None, [node.module])])
-            members = {f"{origin}.{alias.name}" for alias in node.names} & SOURCES.keys()
-            names |= members or {origin}
-    return {name for name in names if name.split(".")[0] in PACKAGES}
-
-
-def reached(module: str) -> set[str]:
-    """Everything of ours that comes along when `module` is imported."""
-    found: set[str] = set()
-    waiting = [module]
-    while waiting:
-        for name in imported(waiting.pop()) & SOURCES.keys() - found:
-            found.add(name)
-            waiting.append(name)
-    return found
-
-
-def room(module: str) -> str:
-    """The first folder or file in gpt2_ddp that `module` lies in; "" for another package."""
-    package, *parts = module.split(".")
-    return parts[0] if package == "gpt2_ddp" and parts else ""
 
 
 def test_every_room_is_there_and_has_its_floor() -> None:
@@ -91,10 +35,14 @@ def test_imports_point_down(module: str) -> None:
         ours = {other for other in found if other.startswith("data_prep")}
         assert {room(other) for other in found - ours} <= {"system", "model", "data"}
     elif package == "eval":
-        assert not {room(other) for other in reached(module)} & UNKNOWN_TO_EVAL
+        assert not {room(other) for other in reached(module)} & {"run", "build", "periodic", "train", "bench"}
         assert {other.split(".")[0] for other in found} <= {"gpt2_ddp", "eval"}
     else:
         assert {other.split(".")[0] for other in found} <= {"launch"}
+
+
+def test_the_path_from_flags_to_a_checkpoint_is_short() -> None:
+    assert sum(map(code_lines, path_to_a_checkpoint())) < PATH_LIMIT
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
