@@ -18,6 +18,7 @@ from types import FrameType
 import psutil
 
 from launch.console import say
+from launch.discovery import read
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 """An environment may have torch without a torchrun on PATH."""
@@ -175,10 +176,3 @@ def received_signals() -> list[signal.Signals]:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup):
         signal.signal(number, note)
     return received
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -16,7 +16,7 @@ from running import checkpoint, run, train_command, tree, write_shards
 
 from gpt2_ddp.data.order import permute
 from gpt2_ddp.data.shards import write_shard
-from gpt2_ddp.distributed.context import choose_device
+from gpt2_ddp.system.hardware import choose_device
 
 Change = Callable[[Path], object]
 TRAIN = "train_000001.bin"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from running import ROOT, run, train_command
 
-from gpt2_ddp.distributed.context import choose_device
 from gpt2_ddp.system.cuda_build import runs_on, why_no_kernels, why_unused
+from gpt2_ddp.system.hardware import choose_device
 from launch.discovery import find_unused_gpu
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU can be used")

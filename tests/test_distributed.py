@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2_ddp.data.order import permute
-from gpt2_ddp.distributed.context import choose_device, open_context
+from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.system.hardware import choose_device
 
 SPY = """
 import json, sys
@@ -135,6 +137,7 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.distributed.watchdog import Watchdog
 
 def raised(make, kind):
@@ -191,7 +194,7 @@ with suppress(KeyError), open_context("cpu") as context:
     context.add_from(1 - rank, mine)
     assert mine.tolist() == [11.0, 22.0]
 
-    ddp = context.wrap(torch.nn.Linear(2, 2))
+    ddp = wrap(torch.nn.Linear(2, 2), context)
     assert type(ddp).__name__ == "DistributedDataParallel"
     assert ddp.gradient_as_bucket_view and not ddp.static_graph
 
@@ -230,7 +233,7 @@ def test_a_single_process_needs_no_group() -> None:
         assert context.gather("x") == ["x"]
         assert context.broadcast("x") == context.run_on_all(lambda: "x") == context.run_on_main(lambda: "x") == "x"
         linear = torch.nn.Linear(2, 2)
-        assert context.wrap(linear) is linear
+        assert wrap(linear, context) is linear
         with pytest.raises(ValueError, match="mine"):
             context.run_on_all(lambda: (_ for _ in ()).throw(ValueError("mine")))
 

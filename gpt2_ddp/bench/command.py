@@ -25,13 +25,13 @@ import torch
 
 from gpt2_ddp.bench.choices import Outcome, compared, report, try_all
 from gpt2_ddp.bench.ladder import Measured, Rung, Shapes, attention_rungs, first_rung_sequences, ladder, measure
-from gpt2_ddp.distributed.context import DistContext, choose_device, open_context
+from gpt2_ddp.distributed.context import DistContext, open_context
 from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.system import cli
 from gpt2_ddp.system.allocator import PRELOAD, find_tcmalloc, preloaded
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import require_writable
-from gpt2_ddp.system.hardware import found_hardware
+from gpt2_ddp.system.hardware import choose_device, found_hardware
 
 
 @dataclass(frozen=True, kw_only=True)

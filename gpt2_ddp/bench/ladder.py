@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ddp.distributed.context import DistContext, grad_sync
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.wrapping import grad_sync, wrap
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.kernels import BlockAttention
@@ -187,7 +188,7 @@ def measure(shapes: Shapes, rung: Rung, context: DistContext) -> tuple[list[floa
     train_model: nn.Module = model
     if rung.compiled:
         train_model = CompiledGPT(model) if rung.chunked_head else torch.compile(model)  # type: ignore[assignment]
-    train_model = context.wrap(train_model)
+    train_model = wrap(train_model, context)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, fused=rung.fused_optimizer)
     if rung.kept_memory:
         allocate_state(optimizer)

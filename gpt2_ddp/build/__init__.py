@@ -21,11 +21,12 @@ from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.tokenizer import tokenizer_files
 from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
-from gpt2_ddp.distributed.context import DistContext, release
+from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import use_deterministic_kernels
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
+from gpt2_ddp.distributed.wrapping import release
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
 from gpt2_ddp.model.gpt import model_config

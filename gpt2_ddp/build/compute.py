@@ -13,6 +13,7 @@ from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed import reduction as gradients
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.metrics.log import warn
 from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.compilation import CompiledGPT
@@ -114,7 +115,7 @@ def trainable(
     if config.reproducible or context.world_size == 1:
         return train_model
     torch._dynamo.config.optimize_ddp = False  # it cuts graphs where buckets end, and a block is small enough
-    wrapped = context.wrap(train_model)
+    wrapped = wrap(train_model, context)
     with fitting(plan):
         for _ in range(2):  # the buckets are ordered anew when the second pass begins
             model.zero_grad(set_to_none=True)  # else two sets of buckets, or a third of gradients, would live at once

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from gpt2_ddp.distributed.rendezvous import START_TIMEOUT, find_place, meet
-from gpt2_ddp.system.cuda_build import require_kernels, require_used
+from gpt2_ddp.distributed.rendezvous import START_TIMEOUT, Place, find_place, meet
 from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.hardware import choose_device
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -34,13 +32,9 @@ class Pulse:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistContext:
+class DistContext(Place):
     """One process of the run. With `world_size` 1 every collective is a no-op and no process group exists."""
 
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
     pulse: Pulse = field(default_factory=Pulse)
     store: Store | None = None
@@ -131,16 +125,6 @@ class DistContext:
             request.wait()
         tensor.add_(theirs)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` as DDP trains it; itself in a single process.
-
-        `model` must be on the context's device and have the same weights on every rank: DDP does not send them again.
-        """
-        if self.world_size == 1:
-            return model
-        device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True)
-
     def note_progress(self) -> None:
         """Note that this rank gets on with its work."""
         self.pulse.beats += 1
@@ -159,53 +143,6 @@ def require_same_tensors(mine: Sequence[str], theirs: Sequence[str]) -> None:
     for here, there in itertools.zip_longest(mine, theirs, fillvalue="nothing"):
         if here != there:
             raise UserError(f"this rank has {here} where rank 0 has {there}: give all ranks the same flags and version")
-
-
-def grad_sync(model: nn.Module, *, sync: bool) -> AbstractContextManager[None]:
-    """The context of one micro-step, forward *and* backward: gradients are reduced over the ranks only if `sync`."""
-    if sync or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
-
-
-def release(model: nn.Module) -> None:
-    """Take apart what DDP made, before the process group is destroyed; `model` trains no more.
-
-    DDP's reducer shares the group. Were it the last to let go, it would wait for gloo's threads while it holds Python's
-    lock, which such a thread may need to forget its last collective: a rank that has finished would hang for ever.
-    """
-    if isinstance(model, DistributedDataParallel):
-        del model.reducer, model.logger
-
-
-def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> torch.device:
-    """The device of one rank for `--device {auto,cuda,cpu,mps}`.
-
-    Raises:
-        UserError: where the device is not there, PyTorch cannot use a GPU that is, or the node runs more ranks than it
-            has GPUs.
-    """
-    if requested in ("auto", "cuda") and not torch.cuda.is_available():
-        require_used()
-    if requested == "auto":
-        alone = local_world_size == 1
-        requested = (
-            "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
-        )
-    if requested == "cuda":
-        gpus = torch.cuda.device_count()
-        if gpus == 0:
-            raise UserError("--device cuda, but no CUDA GPU is visible: use --device cpu, or mend the driver")
-        if local_world_size > gpus:
-            raise UserError(
-                f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
-                f"start {gpus} with --nproc_per_node={gpus}"
-            )
-        require_kernels(local_world_size)
-        return torch.device("cuda", local_rank)
-    if requested == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps, but this machine has no Metal GPU: use --device cpu")
-    return torch.device(requested)
 
 
 @contextmanager

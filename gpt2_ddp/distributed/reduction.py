@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ddp.distributed.context import DistContext, grad_sync
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.wrapping import grad_sync
 from gpt2_ddp.system.errors import UserError
 
 

@@ -6,10 +6,14 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 
 import torch
+
+from gpt2_ddp.system.cuda_build import require_kernels, require_used
+from gpt2_ddp.system.errors import UserError
 
 PEAK_FLOPS: dict[str, tuple[float | None, float | None, float | None]] = {
     # teraFLOP/s of: bfloat16, float16, float32
@@ -94,3 +98,33 @@ def peak_flops(hardware: Hardware, dtype: torch.dtype) -> float | None:
             peak = peaks[(torch.bfloat16, torch.float16, torch.float32).index(dtype)]
             return peak * 1e12 if peak else None
     return None
+
+
+def choose_device(requested: str, *, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of one rank for `--device {auto,cuda,cpu,mps}`.
+
+    Raises:
+        UserError: where the device is not there, PyTorch cannot use a GPU that is, or the node runs more ranks than it
+            has GPUs.
+    """
+    if requested in ("auto", "cuda") and not torch.cuda.is_available():
+        require_used()
+    if requested == "auto":
+        alone = local_world_size == 1
+        requested = (
+            "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+        )
+    if requested == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus == 0:
+            raise UserError("--device cuda, but no CUDA GPU is visible: use --device cpu, or mend the driver")
+        if local_world_size > gpus:
+            raise UserError(
+                f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPUs: "
+                f"start {gpus} with --nproc_per_node={gpus}"
+            )
+        require_kernels(local_world_size)
+        return torch.device("cuda", local_rank)
+    if requested == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps, but this machine has no Metal GPU: use --device cpu")
+    return torch.device(requested)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2_ddp.distributed.context import grad_sync
+from gpt2_ddp.distributed.wrapping import grad_sync
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.memory import training_memory

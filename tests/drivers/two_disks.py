@@ -22,7 +22,8 @@ from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.checkpoint.resume import Resume
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.distributed.context import DistContext, open_context, release
+from gpt2_ddp.distributed.context import DistContext, open_context
+from gpt2_ddp.distributed.wrapping import release, wrap
 from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.optim import optimizer as optim
@@ -91,7 +92,7 @@ def resumed(context: DistContext, config: TrainConfig, found: Resume, saved: str
     assert live.peak <= whole + few, (live.peak, whole)
 
     model.wte.weight.data[0, 0] = context.rank
-    wrapped = context.wrap(model)
+    wrapped = wrap(model, context)
     assert context.gather(float(model.wte.weight[0, 0])) == [0.0, 1.0]  # DDP does not send what is there already
     release(wrapped)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gpt2_ddp.build.compute import make_reduction, trainable
-from gpt2_ddp.distributed.context import release
+from gpt2_ddp.distributed.wrapping import release
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.kernels import head_loss
 from gpt2_ddp.run import Run
