@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from running import run
 
-from gpt2_ddp.config import TrainConfig, differences, flag
+from gpt2_ddp.build.resume import differences
+from gpt2_ddp.config import TrainConfig, flag
 from gpt2_ddp.system.cli import parse
 
 DEFAULTS = {
