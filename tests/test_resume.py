@@ -16,6 +16,7 @@ from gpt2_ddp.build.resume import rate_jump
 from gpt2_ddp.checkpoint.files import named
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.optim.schedules import Cosine
+from gpt2_ddp.system.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,17 @@ def test_a_resume_with_more_steps_says_how_the_rate_jumps(clean: Path, data_dir:
     [new] = [entry["lr"] for entry in metrics(out_dir) if entry["step"] == 9]
     assert float(found[2]) == pytest.approx(new, rel=1e-3)
     assert "jumps" not in warm.train(out_dir, data_dir, "--max-steps", "24").stdout
+
+
+def test_a_checkpoint_tells_a_run_by_the_names_that_it_always_did(clean: Path) -> None:
+    """Older checkpoints are resumed by these, and other tools read them."""
+    state = read_json(checkpoint(clean) / "trainer_state.json")
+    names = (
+        "step tokens_seen data_hash skipped skipped_in_a_row spike_guard numerics batch data_fingerprint scaler config"
+    )
+    assert state.keys() == set(names.split())
+    assert state["spike_guard"].keys() == {"passed_over", "rollbacks", "recent"}
+    assert state["batch"].keys() == {"micro_batch_size", "sequence_length", "total_batch_size", "world_size"}
 
 
 class Usage(NamedTuple):

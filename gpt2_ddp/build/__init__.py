@@ -13,7 +13,7 @@ import torch
 from gpt2_ddp.build.compute import choose_numerics, make_reduction, start_model, trainable
 from gpt2_ddp.build.micro_batch import settle_micro_batch
 from gpt2_ddp.build.resume import find_resume, saved_dtype
-from gpt2_ddp.build.rules import learning_rates
+from gpt2_ddp.build.rules import learning_rates, optimizer_rule
 from gpt2_ddp.checkpoint.state import Found, TrainState, restore
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
@@ -37,7 +37,6 @@ from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
 from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.model.memory import parameter_count
-from gpt2_ddp.optim.optimizers import OPTIMIZERS
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount
 from gpt2_ddp.run import Run, Sources
@@ -156,7 +155,8 @@ def require_room(config: TrainConfig) -> None:
     Raises:
         UserError: where not even one checkpoint fits on the disk of the run directory.
     """
-    needed = (4 + OPTIMIZERS[config.optimizer].state_bytes) * parameter_count(model_config(config.model))
+    bytes_per_parameter = torch.float32.itemsize + optimizer_rule(config).state_bytes
+    needed = bytes_per_parameter * parameter_count(model_config(config.model))
     disk = shutil.disk_usage(config.out_dir)
     if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
         raise UserError(

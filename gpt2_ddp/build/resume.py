@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from gpt2_ddp.system.precision import DTYPES
 
 FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size")
 """What must not change within a run, beside the data itself."""
-RATE_FIELDS = ("max_steps", "warmup_steps", "max_lr", "min_lr")
-"""What decides the learning rate of a step, and may change within a run."""
 RATE_JUMP = 0.01
 """A change of the learning rate by this fraction is told."""
 
@@ -59,17 +57,23 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
 
 def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
     """One line where flags that differ from the `saved` ones make the learning rate jump after `step`."""
-    before: dict[str, Any] = {name: saved.get(name) for name in RATE_FIELDS}
-    changed = [name for name in RATE_FIELDS if before[name] != getattr(config, name)]
+    before = {name: saved[name] for name in rate_fields(config) if name in saved}
+    changed = [name for name, value in before.items() if value != getattr(config, name)]
     try:
         old = learning_rates(replace(config, **before)).rate(step + 1)
-    except (TypeError, ValueError):  # a checkpoint from elsewhere, whose configuration is not one of ours
+    except (TypeError, ValueError, KeyError):  # a checkpoint from elsewhere, whose configuration is not one of ours
         return []
     new = learning_rates(config).rate(step + 1)
     if step >= config.max_steps or abs(new - old) <= RATE_JUMP * max(new, old):
         return []
     flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
     return [f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}"]
+
+
+def rate_fields(config: TrainConfig) -> list[str]:
+    """The flags that decide the learning rate of a step, and may change within a run."""
+    decisive = {"schedule", "min_lr", *(field.name for field in fields(learning_rates(config)))}
+    return [field.name for field in fields(config) if field.name in decisive]
 
 
 def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:
