@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +11,6 @@ import tyro
 
 from gpt2_ddp.model.gpt import SIZES, model_config
 from gpt2_ddp.system.errors import UserError
-
-FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size")
-"""What must not change within a run, beside the data itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +137,11 @@ class TrainConfig:
             raise UserError("; ".join(faults))
 
     @property
+    def schedule(self) -> str:
+        """Which of `schedules.SCHEDULES` the learning rate follows. No flag while there is one to choose from."""
+        return "cosine"
+
+    @property
     def final_lr(self) -> float:
         """The learning rate at the end of the cosine."""
         return self.max_lr / 10 if self.min_lr is None else self.min_lr
@@ -153,13 +154,3 @@ class TrainConfig:
 def flag(field: str) -> str:
     """The command-line flag of a field."""
     return "--" + field.replace("_", "-")
-
-
-def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """The fields that must not change within a run and differ from those of `saved`, each as one phrase."""
-    now = config.to_json()
-    return [
-        f"{flag(name)} is {now[name]}, the run has {str(saved.get(name))[:60]}"
-        for name in FIXED_FIELDS
-        if saved.get(name) != now[name]
-    ]

@@ -8,12 +8,12 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from gpt2_ddp.checkpoint import resume
+from gpt2_ddp.checkpoint.state import checkpoint_files
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer
@@ -80,12 +80,12 @@ def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
             tokens_seen=state.tokens_seen,
             data_hash=state.data_hash,
             memory_mb=memory_mb(torch.cuda.max_memory_allocated() if cuda else None),
-            skipped=run.skips.total(),
+            skipped=state.skips.total(),
         )
     )
-    if run.skips.longest() > config.skip_limit:
+    if state.skips.longest() > config.skip_limit:
         raise RuntimeError(
-            f"step {state.step}: {run.skips.longest()} steps in a row had a loss or gradient that is not finite "
+            f"step {state.step}: {state.skips.longest()} steps in a row had a loss or gradient that is not finite "
             f"(--skip-limit {config.skip_limit}); lower --max-lr, or look at the data"
         )
 
@@ -108,21 +108,15 @@ def save(run: Run, *, final: bool = False) -> None:
     """Start to save; the files are made on the one rank that writes them. From the `final` save on no rank waits."""
     if final:
         run.watchdog.dismiss()
+    facts = {
+        "numerics": run.numerics,
+        "batch": asdict(run.plan),
+        "data_fingerprint": run.sources.fingerprint,
+        "config": run.config.to_json(),
+    }
     run.writer.save(
         run.state.step,
-        lambda: resume.checkpoint_files(
-            config=run.config,
-            plan=run.plan,
-            data_fingerprint=run.sources.fingerprint,
-            state=run.state,
-            skips=run.skips,
-            guard=run.guard,
-            numerics=run.numerics,
-            model=run.model,
-            optimizer=run.optimizer,
-            scaler=run.precision.scaler,
-            tokenizer=run.tokenizer,
-        ),
+        lambda: checkpoint_files(run.state, run.model, run.optimizer, facts=facts, tokenizer=run.tokenizer),
         final=final,
     )
 

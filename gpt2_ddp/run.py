@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gpt2_ddp.checkpoint.resume import TrainState
+from gpt2_ddp.checkpoint.state import TrainState
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
@@ -20,8 +20,7 @@ from gpt2_ddp.distributed.watchdog import Watchdog
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import RunLog
 from gpt2_ddp.model.gpt import GPT
-from gpt2_ddp.optim import optimizer as optim
-from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.optim.schedules import Schedule
 from gpt2_ddp.system.hardware import Hardware
 from gpt2_ddp.system.precision import Precision
 
@@ -48,8 +47,7 @@ class Run:
     train_model: nn.Module
     reduction: GradientReduction
     optimizer: torch.optim.Optimizer
-    skips: optim.SkipCount
-    guard: SpikeGuard
+    schedule: Schedule
     numerics: dict[str, object] | None
     data: TrainData
     sources: Sources

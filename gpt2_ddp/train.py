@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import astuple
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gpt2_ddp.build import build_run
-from gpt2_ddp.checkpoint import resume
 from gpt2_ddp.checkpoint.files import step_name
+from gpt2_ddp.checkpoint.state import newest_checkpoint, restore, weights_and_moments
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import StepBatch
 from gpt2_ddp.data.order import chained_hash
@@ -25,7 +24,7 @@ from gpt2_ddp.distributed.drift import require_equal_ranks
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import leaving_with_torchrun
 from gpt2_ddp.metrics.timer import StepTimer
-from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim import updates
 from gpt2_ddp.periodic import (
     StepResult,
     evaluate,
@@ -48,7 +47,7 @@ def train(run: Run) -> str:
     while state.step < config.max_steps and not stopping:
         batch = run.data.next()
         result = train_step(run, batch)
-        if run.guard.sees_spike(result.loss):
+        if state.guard.sees_spike(result.loss):
             with timer.paused(due=True):
                 go_back(run, result)
             continue
@@ -65,7 +64,7 @@ def train(run: Run) -> str:
         comparing = config.check_ranks_every > 0 and (saving or is_due(run, config.check_ranks_every))
         with timer.paused(due=saving or comparing):
             if comparing:
-                require_equal_ranks(run.context, resume.weights_and_moments(run.model, run.optimizer))
+                require_equal_ranks(run.context, weights_and_moments(run.model, run.optimizer))
             if saving:
                 save(run, final=stopping or state.step == config.max_steps)
             report_saves(run)
@@ -87,23 +86,16 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         run.reduction.add(loss.detach())
         run.context.note_progress()
     mean_loss = run.reduction.finish()
-    lr = optim.learning_rate(
-        run.state.step + 1,
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        max_lr=config.max_lr,
-        min_lr=config.final_lr,
-    )
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    norm, skipped = optim.apply_update(
+    lr = run.schedule.rate(run.state.step + 1)
+    updates.set_learning_rate(run.optimizer, lr)
+    norm, skipped = updates.apply_update(
         run.optimizer,
         scaler,
         loss=mean_loss,
         grad_clip=config.grad_clip,
         zero_in_place=run.reduction.zero_in_place,
     )
-    run.skips.add(skipped)
+    run.state.skips.add(skipped)
     return StepResult(loss=mean_loss, grad_norm=norm, lr=lr)
 
 
@@ -116,20 +108,16 @@ def dropout_seed(run: Run, step: int, micro_step: int) -> int:
 
 def go_back(run: Run, result: StepResult) -> None:
     """Take up the last checkpoint again and pass over the data consumed since; every rank sees the same loss."""
-    spike_step, loss = run.state.step + 1, float(result.loss)
+    state, spike_step, loss = run.state, run.state.step + 1, float(result.loss)
     report_saves(run, wait=True)
-    found = run.context.run_on_main(lambda: resume.find_checkpoint(run.writer.directory))
-    resume.restore_weights(found, run.context, run.model)
-    restored = resume.restore(found, run.context, run.model, run.optimizer, run.precision.scaler)
-    run.state.step, run.state.tokens_seen, run.state.data_hash = astuple(restored)
-    run.skips.restore(found.state["skipped"], found.state["skipped_in_a_row"])
-    run.guard.went_back(spike_step=spike_step, checkpoint_step=restored.step, state=found.state["spike_guard"])
-    run.data.seek(restored.step + run.guard.passed_over + 1)
-    run.log.cut(restored.step)
-    run.log.say(
-        f"step {spike_step} | loss {loss:.6f} is a spike: going back to step {restored.step} and past this data"
-    )
-    run.log.event("spike", step=restored.step, spike_step=spike_step, loss=loss, passed_over=run.guard.passed_over)
+    guard_at_spike = state.guard.state_dict()
+    found = run.context.run_on_main(lambda: newest_checkpoint(run.writer.directory))
+    restore(found, run.context, state, run.model, run.optimizer)
+    state.guard.went_back(guard_at_spike, spike_step=spike_step, checkpoint_step=state.step)
+    run.data.seek(state.step + state.guard.passed_over + 1)
+    run.log.cut(state.step)
+    run.log.say(f"step {spike_step} | loss {loss:.6f} is a spike: going back to step {state.step} and past this data")
+    run.log.event("spike", step=state.step, spike_step=spike_step, loss=loss, passed_over=state.guard.passed_over)
 
 
 def finish(run: Run, outcome: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from running import run
 
-from gpt2_ddp.config import TrainConfig, differences, flag
+from gpt2_ddp.build.resume import differences
+from gpt2_ddp.config import TrainConfig, flag
 from gpt2_ddp.system.cli import parse
 
 DEFAULTS = {
@@ -128,6 +129,7 @@ def test_only_what_makes_another_run_is_a_difference() -> None:
         "--max-steps", "5", "--micro-batch-size", "1", "--max-lr", "1", "--dtype", "float32", "--out-dir", "b"
     )
     assert differences(saved, free) == []
+    assert differences(saved | {"optimizer": "lion"}, free) == ["--optimizer is adamw, the run has lion"]
     other = ["--model", "gpt2-nano", "--seed", "1", "--sequence-length", "512", "--total-batch-size", "1024"]
     found = differences(saved, parsed(*other))
     assert found == [

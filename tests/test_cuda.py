@@ -14,6 +14,7 @@ import torch
 from running import checkpoint, copy_until, final_hashes, metrics, python, run, train, train_command
 from safetensors.torch import load_file
 
+from gpt2_ddp.checkpoint.state import weights_and_moments
 from gpt2_ddp.data.loader import TrainData
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards
@@ -23,7 +24,8 @@ from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.huggingface import load_model
-from gpt2_ddp.optim.optimizer import apply_update, make_optimizer, optimizer_tensors
+from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.optim.updates import apply_update
 from gpt2_ddp.system.hardware import found_hardware, peak_flops
 from gpt2_ddp.system.precision import choose_dtype
 
@@ -203,7 +205,7 @@ def test_more_ranks_than_gpus_are_refused(data_dir: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_fused_update_leaves_out_a_bad_gradient(scaled: bool, bad: float) -> None:
     model = GPT(model_config("gpt2-nano")).init_weights(0).to(CUDA)
-    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=CUDA)
+    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, CUDA)
     scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=1024.0)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
 
@@ -216,7 +218,7 @@ def test_the_fused_update_leaves_out_a_bad_gradient(scaled: bool, bad: float) ->
         return bool(apply_update(optimizer, scaler, loss=torch.ones((), device=CUDA), grad_clip=1.0)[1])
 
     def state() -> dict[str, torch.Tensor]:
-        found = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
+        found = weights_and_moments(model, optimizer)
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
     assert optimizer.defaults["fused"]

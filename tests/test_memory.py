@@ -32,7 +32,8 @@ from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.kernels import PRODUCT_ROWS, accumulate, head_loss
 from gpt2_ddp.model.memory import USABLE, TrainingMemory, parameter_count, training_memory
-from gpt2_ddp.optim.optimizer import zero_gradients
+from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.hardware import found_hardware
 from gpt2_ddp.system.precision import Precision
 
@@ -40,7 +41,14 @@ WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
 
 
 def reckon(config: GPTConfig, size: int, length: int, dtype: torch.dtype, device_type: str = "cpu") -> TrainingMemory:
-    return training_memory(config, micro_batch_size=size, sequence_length=length, dtype=dtype, device_type=device_type)
+    return training_memory(
+        config,
+        micro_batch_size=size,
+        sequence_length=length,
+        dtype=dtype,
+        device_type=device_type,
+        state_bytes_per_parameter=AdamW.state_bytes,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(SIZES) - {"gpt2-xl"}))
@@ -70,6 +78,7 @@ def test_activations_are_what_a_forward_pass_leaves_behind(dtype: torch.dtype, c
         sequence_length=128,
         dtype=dtype,
         device_type="cpu",
+        state_bytes_per_parameter=AdamW.state_bytes,
         activation_checkpointing=checkpointing,
     )
     assert reckoned.activations == pytest.approx(kept - last_norm - lowered, rel=0.08)
@@ -173,6 +182,7 @@ def test_the_sum_is_that_of_blocks_compiled_one_by_one_under_ddp(checkpointing: 
         sequence_length=footprint.LENGTH,
         dtype=torch.float32,
         device_type="cpu",
+        state_bytes_per_parameter=AdamW.state_bytes,
         compiled=True,
         activation_checkpointing=checkpointing,
     )
@@ -266,6 +276,7 @@ def test_the_presets_tell_what_they_need(script: Path) -> None:
         sequence_length=1024,
         dtype=torch.bfloat16,
         device_type="cuda",
+        state_bytes_per_parameter=AdamW.state_bytes,
         device_memory=16 * 10**9 if "t4" in script.name else 40 * 10**9,
         compiled=True,
     )

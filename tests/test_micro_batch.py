@@ -25,9 +25,11 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.memory import training_memory
+from gpt2_ddp.optim.optimizers import AdamW
 from gpt2_ddp.system.precision import Precision
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
+ADAMW = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95)
 
 
 def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,12 +37,17 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
 
     def chosen(room_for: int, sequences_per_step: int, beyond: int = 2) -> int:
         needed = training_memory(
-            WIDE, micro_batch_size=room_for, sequence_length=64, dtype=torch.float32, device_type="cpu"
+            WIDE,
+            micro_batch_size=room_for,
+            sequence_length=64,
+            dtype=torch.float32,
+            device_type="cpu",
+            state_bytes_per_parameter=AdamW.state_bytes,
         )
         free = needed.total / 0.5 + beyond
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free, "total": free}))
         return choose_micro_batch(
-            WIDE, precision, DistContext(), sequences_per_step=sequences_per_step, sequence_length=64
+            WIDE, precision, DistContext(), ADAMW, sequences_per_step=sequences_per_step, sequence_length=64
         )
 
     assert chosen(1, 64) == 1
@@ -89,10 +96,10 @@ def test_a_model_that_no_micro_batch_helps_is_refused(monkeypatch: pytest.Monkey
     t4 = type("Properties", (), {"total_memory": 15 * 2**30})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: t4)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
-    require_fit(SIZES["gpt2-large"], torch.device("cuda", 0))
+    require_fit(SIZES["gpt2-large"], 8, torch.device("cuda", 0))
     with pytest.raises(ValueError, match=r"5\.8 GiB of weights.*are 23\.2 GiB, and Tesla T4 has 15\.0 GiB"):
-        require_fit(SIZES["gpt2-xl"], torch.device("cuda", 0))
-    require_fit(SIZES["gpt2-xl"], torch.device("cpu"))
+        require_fit(SIZES["gpt2-xl"], 8, torch.device("cuda", 0))
+    require_fit(SIZES["gpt2-xl"], 8, torch.device("cpu"))
 
 
 def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
@@ -130,7 +137,7 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", forgotten.append)
     precision, cpu = Precision.of(torch.float32, torch.device("cpu")), torch.device("cpu")
-    trial = Trial(WIDE, precision, cpu, sequence_length=8, compiled=compiled, activation_checkpointing=False)
+    trial = Trial(WIDE, precision, cpu, ADAMW, sequence_length=8, compiled=compiled, activation_checkpointing=False)
     assert first_running([4, 2, 1], trial.runs, DistContext()) == 2
     name = "CompiledGPT" if compiled else "GPT"
     assert tried == [(name, 4), (name, 2)]

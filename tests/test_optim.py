@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gpt2_ddp.build.rules import optimizer_rule
+from gpt2_ddp.checkpoint.state import weights_and_moments
+from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.model.gpt import GPT, GPTConfig
-from gpt2_ddp.optim.optimizer import (
-    SkipCount,
-    apply_update,
-    learning_rate,
+from gpt2_ddp.optim.optimizers import (
+    OPTIMIZERS,
+    AdamW,
+    OptimizerRule,
     load_optimizer_tensors,
-    make_optimizer,
     optimizer_tensors,
     parameter_groups,
 )
+from gpt2_ddp.optim.schedules import SCHEDULES, Cosine
+from gpt2_ddp.optim.updates import SkipCount, apply_update, set_learning_rate
 
 CPU = torch.device("cpu")
 BETAS = (0.9, 0.95)
 DECAY = 0.1
+ADAMW = AdamW(weight_decay=DECAY, beta1=BETAS[0], beta2=BETAS[1])
 Spoil = Callable[[list[nn.Parameter]], Tensor]
 
 
@@ -41,8 +48,8 @@ def put_gradients(model: nn.Module, seed: int, scale: float = 1.0) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * scale
 
 
-def copied(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    everything = dict(model.named_parameters()) | optimizer_tensors(model, optimizer)
+def copied(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    everything = weights_and_moments(model, optimizer)
     return {name: tensor.detach().clone() for name, tensor in everything.items()}
 
 
@@ -67,15 +74,15 @@ def assert_same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     ],
 )
 def test_schedule_in_closed_form(step: int, expected: float) -> None:
-    rate = learning_rate(step, max_steps=110, warmup_steps=10, max_lr=6e-4, min_lr=6e-5)
+    rate = Cosine(max_steps=110, warmup_steps=10, max_lr=6e-4, final_lr=6e-5).rate(step)
     assert rate == pytest.approx(expected, rel=1e-12)
 
 
 def test_schedule_at_its_edges() -> None:
-    assert learning_rate(1, max_steps=1, warmup_steps=0, max_lr=1.0, min_lr=0.25) == 0.25
-    assert learning_rate(10, max_steps=10, warmup_steps=3, max_lr=1.0, min_lr=0.1) == 0.1  # exactly
-    assert learning_rate(4, max_steps=4, warmup_steps=8, max_lr=1.0, min_lr=0.1) == 0.5  # ends within the warm-up
-    rates = [learning_rate(step, max_steps=50, warmup_steps=0, max_lr=1.0, min_lr=0.1) for step in range(1, 51)]
+    assert Cosine(max_steps=1, warmup_steps=0, max_lr=1.0, final_lr=0.25).rate(1) == 0.25
+    assert Cosine(max_steps=10, warmup_steps=3, max_lr=1.0, final_lr=0.1).rate(10) == 0.1  # exactly
+    assert Cosine(max_steps=4, warmup_steps=8, max_lr=1.0, final_lr=0.1).rate(4) == 0.5  # ends within the warm-up
+    rates = list(map(Cosine(max_steps=50, warmup_steps=0, max_lr=1.0, final_lr=0.1).rate, range(1, 51)))
     assert rates == sorted(rates, reverse=True)
     assert len(set(rates)) == 50
 
@@ -109,7 +116,7 @@ def adamw(
 @pytest.mark.parametrize("grad_clip", [1.0, 0.0])
 def test_updates_are_adamw(scaled: bool, grad_clip: float) -> None:
     model = small_model()
-    optimizer = make_optimizer(model, weight_decay=DECAY, betas=BETAS, device=CPU)
+    optimizer = ADAMW.make(model, CPU)
     scaler = scaler_of(enabled=scaled)
     before = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
     gradients: dict[str, list[np.ndarray]] = {name: [] for name in before}
@@ -124,8 +131,7 @@ def test_updates_are_adamw(scaled: bool, grad_clip: float) -> None:
         clips.append(min(1.0, grad_clip / expected) if grad_clip else 1.0)
         if scaled:
             scaler.scale(torch.tensor(1.0))  # as the loss is, before the backward pass
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         norm, skipped = apply_update(optimizer, scaler, loss=torch.tensor(2.0), grad_clip=grad_clip)
         assert float(norm) == pytest.approx(expected, rel=1e-5)
         assert not skipped
@@ -134,6 +140,30 @@ def test_updates_are_adamw(scaled: bool, grad_clip: float) -> None:
         decay = DECAY if parameter.dim() > 1 else 0.0
         wanted = adamw(before[name], gradients[name], rates, decay=decay, clips=clips)
         np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+class MomentumStep(torch.optim.Optimizer):
+    """Heavy-ball momentum (Polyak 1964) in plain Python, which knows nothing of `found_inf`."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                velocity = self.state[parameter]["velocity"]
+                velocity.mul_(0.9).add_(parameter.grad + group["weight_decay"] * parameter)
+                parameter.sub_(group["lr"] * velocity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Momentum(OptimizerRule):
+    state_bytes: ClassVar[int] = 4
+
+    def over(self, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:  # noqa: ARG002
+        return MomentumStep(groups, {"lr": 0.0})
+
+    def first_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {"velocity": torch.zeros_like(parameter)}
 
 
 def nan_in_one_gradient(parameters: list[nn.Parameter]) -> Tensor:
@@ -157,12 +187,15 @@ def inf_loss(_: list[nn.Parameter]) -> Tensor:
 @pytest.mark.parametrize("spoil", [nan_in_one_gradient, inf_in_one_gradient, nan_loss, inf_loss])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("first", [True, False], ids=["first-update", "later-update"])
-def test_a_bad_update_leaves_everything_as_if_it_had_not_been(scaled: bool, spoil: Spoil, first: bool) -> None:
+@pytest.mark.parametrize("rule", [ADAMW, Momentum(weight_decay=DECAY)], ids=["fused AdamW", "momentum in Python"])
+def test_a_bad_update_leaves_everything_as_if_it_had_not_been(
+    rule: OptimizerRule, scaled: bool, spoil: Spoil, first: bool
+) -> None:
     finals = []
     for spoiled in (False, True):
         model, scaler = small_model(), scaler_of(enabled=scaled)
-        optimizer = make_optimizer(model, weight_decay=DECAY, betas=BETAS, device=CPU)
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
+        optimizer = rule.make(model, CPU)
+        set_learning_rate(optimizer, 1e-2)
 
         def update(seed: int, spoil: Spoil | None, model=model, scaler=scaler, optimizer=optimizer) -> bool:
             scaler.scale(torch.tensor(1.0))
@@ -185,7 +218,7 @@ def test_a_bad_update_leaves_everything_as_if_it_had_not_been(scaled: bool, spoi
 
 def test_the_state_travels_by_the_names_of_the_parameters() -> None:
     model, scaler = small_model(), scaler_of(enabled=False)
-    optimizer = make_optimizer(model, weight_decay=DECAY, betas=BETAS, device=CPU)
+    optimizer = ADAMW.make(model, CPU)
     put_gradients(model, 1)
     apply_update(optimizer, scaler, loss=torch.tensor(1.0), grad_clip=1.0)
     state = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
@@ -193,7 +226,7 @@ def test_the_state_travels_by_the_names_of_the_parameters() -> None:
     assert set(state) == {f"{name}.{kind}" for name, _ in model.named_parameters() for kind in kinds}
     twin = small_model()
     twin.load_state_dict(model.state_dict())
-    other = make_optimizer(twin, weight_decay=DECAY, betas=BETAS, device=CPU)
+    other = ADAMW.make(twin, CPU)
     load_optimizer_tensors(twin, other, state)
     for each, theirs in ((model, optimizer), (twin, other)):
         put_gradients(each, 2)
@@ -205,15 +238,45 @@ def test_the_state_travels_by_the_names_of_the_parameters() -> None:
 @pytest.mark.parametrize("name", ["wte.weigth.exp_avg", "module.wte.weight.exp_avg", "ln_f.weight.exp_avg"])
 def test_a_state_that_fits_no_parameter_is_refused(name: str) -> None:
     model = small_model()
-    optimizer = make_optimizer(model, weight_decay=DECAY, betas=BETAS, device=CPU)
+    optimizer = ADAMW.make(model, CPU)
     with pytest.raises(ValueError, match=f"{name} .*fits no parameter"):
         load_optimizer_tensors(model, optimizer, {name: torch.zeros(32, 8)})
 
 
 def test_skips_are_counted_in_all_and_in_a_row() -> None:
-    skips = SkipCount(5, CPU)
+    skips = SkipCount(CPU)
+    skips.load_state_dict({"skipped": 5, "skipped_in_a_row": 0})
     found = []
     for skipped in (True, True, False, True):
         skips.add(torch.tensor(skipped))
-        found.append((skips.total(), skips.in_a_row()))
+        found.append((skips.total(), skips.state_dict()["skipped_in_a_row"]))
     assert found == [(6, 1), (7, 2), (7, 0), (8, 1)]
+    assert skips.longest() == 2
+
+
+def test_the_names_that_the_command_line_takes_are_those_of_the_registries() -> None:
+    assert set(get_args(get_type_hints(TrainConfig)["optimizer"])) == OPTIMIZERS.keys()
+    assert TrainConfig().schedule in SCHEDULES
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_holds_what_is_reckoned_for_it_from_before_its_first_step(name: str) -> None:
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=2, n_head=2, n_embd=64)).init_weights(0)
+    rule = optimizer_rule(TrainConfig(optimizer=name))
+    optimizer = rule.make(model, CPU)
+    before = {name: (tensor.dtype, tensor.shape) for name, tensor in optimizer_tensors(model, optimizer).items()}
+    held = sum(tensor.nbytes for tensor in optimizer_tensors(model, optimizer).values())
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.9 * rule.state_bytes < held / numbers < rule.state_bytes + 0.01  # a count for each parameter beside it
+    put_gradients(model, 1)
+    apply_update(optimizer, scaler_of(enabled=False), loss=torch.tensor(1.0), grad_clip=1.0)
+    after = {name: (tensor.dtype, tensor.shape) for name, tensor in optimizer_tensors(model, optimizer).items()}
+    assert after == before
+
+
+def test_a_group_may_have_a_rate_of_its_own() -> None:
+    model = small_model()
+    optimizer = ADAMW.make(model, CPU)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr_factor": 0.25})
+    set_learning_rate(optimizer, 2e-2)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-2, 2e-2, 5e-3]

@@ -12,10 +12,11 @@ from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
 from gpt2_ddp import build
+from gpt2_ddp.build.resume import rate_jump
 from gpt2_ddp.checkpoint.files import named
-from gpt2_ddp.checkpoint.resume import rate_jump
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.optim.optimizer import learning_rate
+from gpt2_ddp.optim.schedules import Cosine
+from gpt2_ddp.system.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,22 @@ def test_a_resume_with_more_steps_says_how_the_rate_jumps(clean: Path, data_dir:
     done = warm.train(out_dir, data_dir, "--max-steps", "24")
     found = re.search(r"jumps from (\S+) to (\S+) at step 9: --max-steps 12 is now 24\n", done.stdout)
     assert found
-    schedule = {"warmup_steps": 3, "max_lr": 1e-2, "min_lr": 1e-3}
-    assert float(found[1]) == pytest.approx(learning_rate(9, max_steps=12, **schedule), rel=1e-3)
+    schedule = Cosine(max_steps=12, warmup_steps=3, max_lr=1e-2, final_lr=1e-3)
+    assert float(found[1]) == pytest.approx(schedule.rate(9), rel=1e-3)
     [new] = [entry["lr"] for entry in metrics(out_dir) if entry["step"] == 9]
     assert float(found[2]) == pytest.approx(new, rel=1e-3)
     assert "jumps" not in warm.train(out_dir, data_dir, "--max-steps", "24").stdout
+
+
+def test_a_checkpoint_tells_a_run_by_the_names_that_it_always_did(clean: Path) -> None:
+    """Older checkpoints are resumed by these, and other tools read them."""
+    state = read_json(checkpoint(clean) / "trainer_state.json")
+    names = (
+        "step tokens_seen data_hash skipped skipped_in_a_row spike_guard numerics batch data_fingerprint scaler config"
+    )
+    assert state.keys() == set(names.split())
+    assert state["spike_guard"].keys() == {"passed_over", "rollbacks", "recent"}
+    assert state["batch"].keys() == {"micro_batch_size", "sequence_length", "total_batch_size", "world_size"}
 
 
 class Usage(NamedTuple):

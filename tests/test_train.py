@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 from gpt2_ddp.build.compute import start_model
 from gpt2_ddp.checkpoint.files import faults
-from gpt2_ddp.checkpoint.resume import Resume
+from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.huggingface import load_model
@@ -240,7 +240,7 @@ def test_activation_checkpointing_is_the_same_run(clean_run: CleanRun, flags: li
 
 def test_activation_checkpointing_computes_blocks_again() -> None:
     config = TrainConfig(model="gpt2-nano", activation_checkpointing=True, device="cpu")
-    model, _ = start_model(config, DistContext(), Resume())
+    model, _ = start_model(config, DistContext(), Found())
     calls = list[int]()
     model.h[0].register_forward_pre_hook(lambda *_: calls.append(1))
     ids = torch.zeros(1, 8, dtype=torch.int64)

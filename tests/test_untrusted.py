@@ -24,13 +24,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import checkpoint, tree
 
+from gpt2_ddp.build.resume import require_same_run
 from gpt2_ddp.checkpoint.files import MANIFEST, faults, newest_good, read_tensors
-from gpt2_ddp.checkpoint.resume import read_state, require_same_run
+from gpt2_ddp.checkpoint.state import TrainState, read_state
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT
-from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim.optimizers import AdamW, load_optimizer_tensors
 from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.optim.updates import SkipCount
 from gpt2_ddp.system.errors import user_error
 
 FUZZ = settings(
@@ -158,12 +160,14 @@ def test_json_that_is_made_to_hurt(target: Path, content: bytes) -> None:
 
 def take_up(target: Path) -> None:
     """What a trainer does with trainer_state.json."""
-    state = read_state(target)
-    require_same_run(TrainConfig(data_dir=Path("data")), state, "fingerprint")
-    guard = SpikeGuard(6.0, 3, state["spike_guard"])
+    found = read_state(target)
+    require_same_run(TrainConfig(data_dir=Path("data")), found, "fingerprint")
+    skips, guard = SkipCount(torch.device("cpu")), SpikeGuard(6.0, 3)
+    state = TrainState(skips=skips, guard=guard, scaler=torch.amp.GradScaler("cpu"))
+    state.load_state_dict(found)
     guard.sees_spike(torch.tensor(1.0))
-    optim.SkipCount(state["skipped"], torch.device("cpu"), in_a_row=state["skipped_in_a_row"]).add(torch.tensor(True))
-    torch.amp.GradScaler("cpu").load_state_dict(state["scaler"])
+    skips.add(torch.tensor(True))
+    json.dumps(state.state_dict())
 
 
 @FUZZ
@@ -187,8 +191,8 @@ def unpack(file: Path) -> tuple[Any, bytes]:
 
 def load_optimizer(target: Path) -> None:
     model = GPT(TINY).init_weights(0)
-    optimizer = optim.make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
-    optim.load_optimizer_tensors(model, optimizer, read_tensors(target / "optimizer.safetensors"))
+    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, torch.device("cpu"))
+    load_optimizer_tensors(model, optimizer, read_tensors(target / "optimizer.safetensors"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

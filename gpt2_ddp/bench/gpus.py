@@ -13,6 +13,7 @@ import torch
 from gpt2_ddp.model.gpt import SIZES, GPTConfig
 from gpt2_ddp.model.kernels import LARGE_HEAD_ROWS, LARGE_MEMORY
 from gpt2_ddp.model.memory import USABLE, TrainingMemory, fits_into, parameter_count, training_memory
+from gpt2_ddp.optim.optimizers import AdamW
 from gpt2_ddp.system import cli
 from gpt2_ddp.system.hardware import Hardware, peak_flops
 from gpt2_ddp.system.precision import choose_dtype
@@ -117,6 +118,7 @@ def on_gpu(config: GPTConfig, size: int, length: int) -> TrainingMemory:
         sequence_length=length,
         dtype=torch.float16,
         device_type="cuda",
+        state_bytes_per_parameter=AdamW.state_bytes,
         device_memory=LARGE_MEMORY,
         compiled=True,
     )
@@ -136,6 +138,7 @@ def card_row(card: Card, length: int) -> list[str]:
                         sequence_length=length,
                         dtype=card.dtype,
                         device_type="cuda",
+                        state_bytes_per_parameter=AdamW.state_bytes,
                         device_memory=card.memory,
                         compiled=True,
                         activation_checkpointing=again,

@@ -19,7 +19,8 @@ from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.kernels import BlockAttention
 from gpt2_ddp.model.vocabulary import VOCAB_SIZE
-from gpt2_ddp.optim.optimizer import allocate_state, apply_update, parameter_groups
+from gpt2_ddp.optim.optimizers import AdamW, parameter_groups
+from gpt2_ddp.optim.updates import apply_update
 from gpt2_ddp.system.allocator import find_tcmalloc, keep_freed_memory
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.hardware import found_hardware, peak_flops
@@ -191,7 +192,7 @@ def measure(shapes: Shapes, rung: Rung, context: DistContext) -> tuple[list[floa
     train_model = wrap(train_model, context)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, fused=rung.fused_optimizer)
     if rung.kept_memory:
-        allocate_state(optimizer)
+        AdamW(weight_decay=0.1, beta1=0.9, beta2=0.999).allocate_state(optimizer)
     shape = (-1, shapes.micro_batch_size, shapes.sequence_length)
     generator = torch.Generator().manual_seed(context.rank)
     tokens = torch.randint(VOCAB_SIZE, (shapes.total_batch_size,), generator=generator).view(shape).to(device)

@@ -13,7 +13,9 @@ import torch
 from gpt2_ddp.build.compute import choose_numerics, make_reduction, start_model, trainable
 from gpt2_ddp.build.evaluations import make_evaluations
 from gpt2_ddp.build.micro_batch import settle_micro_batch
-from gpt2_ddp.checkpoint import resume
+from gpt2_ddp.build.resume import find_resume, saved_dtype
+from gpt2_ddp.build.rules import learning_rates, optimizer_rule
+from gpt2_ddp.checkpoint.state import Found, TrainState, restore
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
@@ -31,16 +33,14 @@ from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
 from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.model.memory import parameter_count
-from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.optim.updates import SkipCount
 from gpt2_ddp.run import Run, Sources
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
 from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, measure_speed
 
-CHECKPOINT_BYTES = 12
-"""Of each parameter: itself and AdamW's two moments in float32."""
 ENDING_SECONDS = 10.0
 """A trainer that is just ending, or notices that its torchrun is gone, needs a moment to leave the run directory."""
 
@@ -65,11 +65,11 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     allow_tf32()
     numerics = choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None
     model, optimizer = start_model(config, context, found)
-    skips = optim.SkipCount(found.state.get("skipped", 0), context.device, found.state.get("skipped_in_a_row", 0))
-    state = resume.restore(found, context, model, optimizer, precision.scaler)
+    guard = SpikeGuard(config.spike_guard, config.spike_limit)
+    state = TrainState(skips=SkipCount(context.device), guard=guard, scaler=precision.scaler)
+    restore(found, context, state, model, optimizer)
     train_model = trainable(config, context, plan, hardware, precision, model)
     held.callback(release, train_model)
-    guard = SpikeGuard(config.spike_guard, config.spike_limit, found.state.get("spike_guard"))
     log = context.run_on_all(
         lambda: open_log(config, context, state.step, boards, [*found.said, *told, *said_of_dtype])
     )
@@ -84,8 +84,7 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
         train_model=train_model,
         reduction=make_reduction(train_model, context, plan, reproducible=config.reproducible),
         optimizer=optimizer,
-        skips=skips,
-        guard=guard,
+        schedule=learning_rates(config),
         data=open_data(config, context, plan, sources.train, first_step=state.step + guard.passed_over + 1),
         sources=sources,
         evaluations=sources.evaluations,
@@ -103,7 +102,7 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
 
     A CPU is measured on rank 0 while the others wait. Every start of a run on the same kind of device computes alike.
     """
-    began = context.run_on_main(lambda: resume.saved_dtype(config, hardware.device_type))
+    began = context.run_on_main(lambda: saved_dtype(config, hardware.device_type))
     said = []
     if config.dtype != "auto" and began not in (None, config.dtype):
         said.append(f"dtype: {config.dtype} by --dtype; the run had {began}")
@@ -135,14 +134,14 @@ def settle_validation(config: TrainConfig, context: DistContext) -> tuple[TrainC
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
 
 
-def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> resume.Resume:
+def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> Found:
     """What the run goes on from, its directory held; where it begins anew, the disk is large enough for it.
 
     Raises:
-        UserError: as `hold_directory`, `resume.find_resume` and `require_room`.
+        UserError: as `hold_directory`, `find_resume` and `require_room`.
     """
     hold_directory(config.out_dir, held)
-    found = resume.find_resume(config, data_fingerprint)
+    found = find_resume(config, data_fingerprint)
     if found.path is None:
         require_room(config)
     return found
@@ -153,7 +152,8 @@ def require_room(config: TrainConfig) -> None:
     Raises:
         UserError: where not even one checkpoint fits on the disk of the run directory.
     """
-    needed = CHECKPOINT_BYTES * parameter_count(model_config(config.model))
+    bytes_per_parameter = torch.float32.itemsize + optimizer_rule(config).state_bytes
+    needed = bytes_per_parameter * parameter_count(model_config(config.model))
     disk = shutil.disk_usage(config.out_dir)
     if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
         raise UserError(

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gpt2_ddp.checkpoint.resume import Resume
+from gpt2_ddp.build.rules import optimizer_rule
+from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed import reduction as gradients
@@ -18,34 +19,36 @@ from gpt2_ddp.metrics.log import warn
 from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, model_config
-from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.allocator import keep_freed_memory
 from gpt2_ddp.system.errors import OneRankError, UserError
 from gpt2_ddp.system.hardware import Hardware
 from gpt2_ddp.system.precision import Precision, choose_compile
 
 
-def start_model(config: TrainConfig, context: DistContext, found: Resume) -> tuple[GPT, torch.optim.Optimizer]:
-    """The raw model with the weights to begin with, the same on every rank, and an optimizer over it."""
+def start_model(config: TrainConfig, context: DistContext, found: Found) -> tuple[GPT, torch.optim.Optimizer]:
+    """The raw model and an optimizer over it, with the weights of a new run, the same on every rank; where a checkpoint
+    was found they are undefined until it is restored.
+    """
     if context.device.type == "cpu":
         keep_freed_memory()
     model = context.run_on_all(lambda: start_weights(config, found, context))
-    context.broadcast_tensors(dict(model.named_parameters()))
+    if found.path is None:
+        context.broadcast_tensors(dict(model.named_parameters()))
     model.activation_checkpointing = config.activation_checkpointing
-    betas = (config.beta1, config.beta2)
-    optimizer = optim.make_optimizer(model, weight_decay=config.weight_decay, betas=betas, device=context.device)
-    optim.allocate_state(optimizer)
-    return model, optimizer
+    return model, optimizer_rule(config).make(model, context.device)
 
 
-def start_weights(config: TrainConfig, found: Resume, context: DistContext) -> GPT:
-    """The model on its device with its first weights on rank 0; elsewhere they are undefined, and read from no disk."""
+def start_weights(config: TrainConfig, found: Found, context: DistContext) -> GPT:
+    """The model on its device, with the weights of a new run on rank 0; elsewhere they are undefined, and read from no
+    disk, and so they are where a checkpoint was found.
+    """
     model = GPT(model_config(config.model, dropout=config.dropout))
-    if not context.is_main:
+    if found.path or not context.is_main:
         return model.to_empty(device=context.device)
-    if found.path is None and config.init_from is None:
+    if config.init_from is None:
         return model.init_weights(config.seed).to(context.device)
-    source = found.path or pretrained.find_model(str(config.init_from))
+    source = pretrained.find_model(config.init_from)
     loaded = pretrained.load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
     if loaded.config != model.config:
         raise UserError(f"{source} is no {config.model}: it has {loaded.config}")
@@ -58,7 +61,7 @@ def choose_numerics(
     plan: BatchPlan,
     hardware: Hardware,
     dtype: torch.dtype,
-    found: Resume,
+    found: Found,
 ) -> dict[str, object]:
     """What bits depend on beside the configuration, checked against every rank and the resumed run.
 
@@ -120,7 +123,7 @@ def trainable(
         for _ in range(2):  # the buckets are ordered anew when the second pass begins
             model.zero_grad(set_to_none=True)  # else two sets of buckets, or a third of gradients, would live at once
             warm_up(wrapped, plan, precision, context.device)
-    optim.zero_gradients(model.parameters(), in_place=True)
+    zero_gradients(model.parameters(), in_place=True)
     return wrapped
 
 
@@ -137,7 +140,7 @@ def compiled_or_not(context: DistContext, plan: BatchPlan, precision: Precision,
     except Exception as error:  # a compiler fails in more ways than can be listed
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # its first line says that it has failed
         warn(f"torch.compile failed ({reason}): training without it")
-    optim.zero_gradients(model.parameters())
+    zero_gradients(model.parameters())
     return model if context.any(reason is not None) else compiled
 
 

@@ -9,14 +9,16 @@ import psutil
 import torch
 
 from gpt2_ddp.build.compute import compiles, warm_up
-from gpt2_ddp.checkpoint import resume
+from gpt2_ddp.build.resume import saved_micro_batch
+from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
-from gpt2_ddp.optim.optimizer import allocate_state, make_optimizer, zero_gradients
+from gpt2_ddp.optim.optimizers import OptimizerRule
+from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.hardware import Hardware
 from gpt2_ddp.system.precision import Precision
@@ -26,10 +28,11 @@ def settle_micro_batch(
     config: TrainConfig, context: DistContext, precision: Precision, hardware: Hardware
 ) -> TrainConfig:
     """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
-    context.run_on_all(lambda: require_fit(model_config(config.model), context.device))
+    rule = optimizer_rule(config)
+    context.run_on_all(lambda: require_fit(model_config(config.model), rule.state_bytes, context.device))
     if config.micro_batch_size != "auto":
         return config
-    size = context.run_on_main(lambda: resume.saved_micro_batch(config, context.world_size))
+    size = context.run_on_main(lambda: saved_micro_batch(config, context.world_size))
     return replace(
         config,
         micro_batch_size=size
@@ -37,6 +40,7 @@ def settle_micro_batch(
             model_config(config.model, dropout=config.dropout),
             precision,
             context,
+            rule,
             sequences_per_step=config.total_batch_size // config.sequence_length,
             sequence_length=config.sequence_length,
             compiled=compiles(config, hardware),
@@ -45,7 +49,7 @@ def settle_micro_batch(
     )
 
 
-def require_fit(config: GPTConfig, device: torch.device) -> None:
+def require_fit(config: GPTConfig, state_bytes: int, device: torch.device) -> None:
     """
     Raises:
         UserError: where the GPU cannot hold the weights, gradients and moments, whatever the micro-batch.
@@ -53,7 +57,14 @@ def require_fit(config: GPTConfig, device: torch.device) -> None:
     if device.type != "cuda":
         return
     there = torch.cuda.get_device_properties(device).total_memory
-    needed = training_memory(config, micro_batch_size=1, sequence_length=1, dtype=torch.float32, device_type="cuda")
+    needed = training_memory(
+        config,
+        micro_batch_size=1,
+        sequence_length=1,
+        dtype=torch.float32,
+        device_type="cuda",
+        state_bytes_per_parameter=state_bytes,
+    )
     if needed.fixed > there:
         raise UserError(
             f"{gib(needed.weights)} of weights, {gib(needed.gradients)} of gradients and {gib(needed.moments)} of "
@@ -66,6 +77,7 @@ def choose_micro_batch(
     config: GPTConfig,
     precision: Precision,
     context: DistContext,
+    rule: OptimizerRule,
     *,
     sequences_per_step: int,
     sequence_length: int,
@@ -80,10 +92,7 @@ def choose_micro_batch(
     Raises:
         UserError: where not one sequence fits, or the ranks do not divide a step.
     """
-    share, rest = divmod(sequences_per_step, context.world_size)
-    if rest:
-        raise UserError(f"{sequences_per_step} sequences a step do not divide by {context.world_size} ranks")
-    candidates = [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
+    candidates = micro_batches(sequences_per_step, context.world_size)
     free, device_memory = find_memory(context)
     fits = fits_into(
         free,
@@ -91,6 +100,7 @@ def choose_micro_batch(
         sequence_length=sequence_length,
         dtype=precision.dtype,
         device_type=precision.device_type,
+        state_bytes_per_parameter=rule.state_bytes,
         device_memory=device_memory,
         compiled=compiled,
         activation_checkpointing=activation_checkpointing,
@@ -101,6 +111,7 @@ def choose_micro_batch(
             config,
             precision,
             context.device,
+            rule,
             sequence_length=sequence_length,
             compiled=compiled,
             activation_checkpointing=activation_checkpointing,
@@ -110,6 +121,18 @@ def choose_micro_batch(
     if not size:
         raise UserError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")
     return size
+
+
+def micro_batches(sequences_per_step: int, world_size: int) -> list[int]:
+    """The powers of two that divide a rank's share of a step, rising.
+
+    Raises:
+        UserError: where the ranks do not divide a step.
+    """
+    share, rest = divmod(sequences_per_step, world_size)
+    if rest:
+        raise UserError(f"{sequences_per_step} sequences a step do not divide by {world_size} ranks")
+    return [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
 
 
 def find_memory(context: DistContext) -> tuple[int, int]:
@@ -146,6 +169,7 @@ class Trial:
         config: GPTConfig,
         precision: Precision,
         device: torch.device,
+        rule: OptimizerRule,
         *,
         sequence_length: int,
         compiled: bool,
@@ -154,8 +178,7 @@ class Trial:
         self._precision, self._device, self._length, self._compiled = precision, device, sequence_length, compiled
         self._model = GPT(config).to(device)
         self._model.activation_checkpointing = activation_checkpointing
-        self._optimizer = make_optimizer(self._model, weight_decay=0.0, betas=(0.9, 0.95), device=device)
-        allocate_state(self._optimizer)
+        self._optimizer = rule.make(self._model, device)
         zero_gradients(self._model.parameters(), in_place=True)
 
     def runs(self, size: int) -> bool:

@@ -1,1 +1,1 @@
-"""A run on the disk: its files, the thread that writes them, and where a run goes on."""
+"""A run on the disk: its state, the files that hold it, and the thread that writes them."""

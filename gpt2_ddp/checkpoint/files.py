@@ -85,7 +85,10 @@ class _HashingWriter:
 
 
 def _write_safetensors(writer: _HashingWriter, tensors: Mapping[str, Any]) -> None:
-    """The safetensors format, streamed: the library's own `save` would hold a second copy of all the tensors.
+    """The safetensors format, streamed and hashed on the way, one tensor laid out at a time.
+
+    The library's `save_file` takes only what lies contiguous, so that all transposed matrices would be copied at once,
+    and what it wrote would have to be read again to be hashed.
 
     Eight bytes little-endian with the length of a JSON header, the header, the tensors' bytes without gaps
     (safetensors README, "Format").

@@ -53,11 +53,12 @@ def training_memory(
     sequence_length: int,
     dtype: torch.dtype,
     device_type: str,
+    state_bytes_per_parameter: int,
     device_memory: int = 0,
     compiled: bool = False,
     activation_checkpointing: bool = False,
 ) -> TrainingMemory:
-    """Memory of training with AdamW, float32 weights and autocast to `dtype`, on one rank or under DDP.
+    """Memory of training with float32 weights and autocast to `dtype`, on one rank or under DDP.
 
     DDP's buckets hold the gradients, and nothing else does. Counted are the tensors that autograd keeps: for each token
     and block, in units of n_embd, the inputs of the two norms in float32, q, k, v, what attention gives, and GELU's
@@ -87,7 +88,7 @@ def training_memory(
     return TrainingMemory(
         weights=4 * count,
         gradients=4 * count,
-        moments=8 * count,
+        moments=state_bytes_per_parameter * count,
         lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if mixed else 0,
         activations=tokens * config.n_layer * config.n_embd * (4 if activation_checkpointing else block),
         passing=max(head, backward),
@@ -105,6 +106,7 @@ def fits_into(
     sequence_length: int,
     dtype: torch.dtype,
     device_type: str,
+    state_bytes_per_parameter: int,
     device_memory: int = 0,
     compiled: bool = False,
     activation_checkpointing: bool = False,
@@ -118,6 +120,7 @@ def fits_into(
             sequence_length=sequence_length,
             dtype=dtype,
             device_type=device_type,
+            state_bytes_per_parameter=state_bytes_per_parameter,
             device_memory=device_memory,
             compiled=compiled,
             activation_checkpointing=activation_checkpointing,

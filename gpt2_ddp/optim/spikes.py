@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from gpt2_ddp.system.fields import count, field, is_finite
+
 HISTORY = 64
 MIN_HISTORY = 16
 
@@ -21,14 +23,13 @@ class SpikeGuard:
     consumed between the checkpoint and the spike is passed over (Chowdhery et al. 2022, PaLM, section 5.1).
     """
 
-    def __init__(self, deviations: float, limit: int, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, deviations: float, limit: int) -> None:
         """`deviations` is the threshold in standard deviations above the mean, 0 for no guard."""
-        state = state or {}
         self.deviations, self.limit = deviations, limit
-        self.passed_over: int = state.get("passed_over", 0)
+        self.passed_over = 0
         """Steps' worth of data that no step of the run consumed."""
-        self.rollbacks: int = state.get("rollbacks", 0)
-        self._recent: deque[float] = deque(state.get("recent", []), maxlen=HISTORY)
+        self.rollbacks = 0
+        self._recent: deque[float] = deque(maxlen=HISTORY)
 
     def sees_spike(self, loss: Tensor) -> bool:
         """Whether `loss` (0-dim) is a spike; if not, it joins the recent losses. Waits for the device."""
@@ -44,11 +45,22 @@ class SpikeGuard:
         self._recent.append(value)
         return False
 
-    def went_back(self, *, spike_step: int, checkpoint_step: int, state: Mapping[str, Any]) -> None:
-        """Pass over what was consumed since the checkpoint, whose own guard `state` tells the losses before it."""
-        self.passed_over += spike_step - checkpoint_step
-        self.rollbacks += 1
-        self._recent = deque(state.get("recent", []), maxlen=HISTORY)
+    def went_back(self, at_spike: Mapping[str, Any], *, spike_step: int, checkpoint_step: int) -> None:
+        """Pass over what was consumed since the checkpoint, whose state was loaded, and all that was passed over before
+        by the guard's own state `at_spike`, of which the checkpoint may know nothing.
+        """
+        self.passed_over = at_spike["passed_over"] + spike_step - checkpoint_step
+        self.rollbacks = at_spike["rollbacks"] + 1
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"passed_over": self.passed_over, "rollbacks": self.rollbacks, "recent": list(self._recent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            UserError: where a part cannot be what it should be; nothing is changed then.
+        """
+        passed_over, rollbacks = count(state, "passed_over"), count(state, "rollbacks")
+        recent = field(state, "recent", lambda value: isinstance(value, list) and all(map(is_finite, value)))
+        self.passed_over, self.rollbacks = passed_over, rollbacks
+        self._recent = deque(recent, maxlen=HISTORY)

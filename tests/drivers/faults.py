@@ -23,9 +23,10 @@ from drivers.disk import Disk
 from gpt2_ddp import build, periodic, train
 from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import writer as saver
+from gpt2_ddp.checkpoint.state import weights_and_moments
 from gpt2_ddp.data.loader import StepBatch, TrainData
 from gpt2_ddp.evaluation.interface import Evaluation
-from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim import updates
 from gpt2_ddp.run import Run
 from gpt2_ddp.system import precision
 
@@ -170,7 +171,7 @@ def non_finite(*, steps: Sequence[int], where: str, value: float, rank: int = 0)
 
 def leave_out(*, steps: Sequence[int], halve_scale: bool = False) -> None:
     """Compute `steps`, and leave their update of the weights out."""
-    original, current = optim.apply_update, [0]
+    original, current = updates.apply_update, [0]
     before_step(lambda _, batch: current.append(batch.step))
 
     def apply_update(optimizer: Any, scaler: Any, **values: Any) -> Any:
@@ -181,7 +182,7 @@ def leave_out(*, steps: Sequence[int], halve_scale: bool = False) -> None:
             scaler.load_state_dict({**scaler.state_dict(), "scale": scaler.get_scale() / 2, "_growth_tracker": 0})
         return torch.zeros(()), torch.tensor(True)
 
-    optim.apply_update = apply_update
+    updates.apply_update = apply_update
 
 
 def spike(*, steps: Sequence[int], factor: float) -> None:
@@ -209,7 +210,7 @@ def flip_bit(*, step: int, rank: int, tensor: str) -> None:
 
     def flip(run: Run, batch: StepBatch) -> None:
         if batch.step == step and rank == RANK and first_time(run.config.out_dir / "flipped"):
-            tensors = dict(run.model.named_parameters()) | optim.optimizer_tensors(run.model, run.optimizer)
+            tensors = weights_and_moments(run.model, run.optimizer)
             tensors[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
 
     before_step(flip)

@@ -14,7 +14,8 @@ from gpt2_ddp.distributed.wrapping import grad_sync
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.memory import training_memory
-from gpt2_ddp.optim.optimizer import apply_update, make_optimizer, zero_gradients
+from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.optim.updates import apply_update, zero_gradients
 from gpt2_ddp.system.allocator import keep_freed_memory
 from gpt2_ddp.system.precision import Precision
 
@@ -35,7 +36,7 @@ def train(
     precision, ids = Precision.of(dtype, torch.device("cpu")), torch.zeros(batch, LENGTH, dtype=torch.int64)
     model = GPT(config).init_weights(0)
     model.activation_checkpointing = checkpointing
-    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), device=torch.device("cpu"))
+    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, torch.device("cpu"))
     train_model: nn.Module = CompiledGPT(model) if compiled else model
     if ddp:  # as `compute.trainable` does: compiled before, since DDP would have graphs cut where its buckets end
         train_model(ids, ids).backward()
@@ -65,5 +66,12 @@ if __name__ == "__main__":
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = resident("VmRSS:")
     train(CONFIG, chosen, size)
-    reckoned = training_memory(CONFIG, micro_batch_size=size, sequence_length=LENGTH, dtype=chosen, device_type="cpu")
+    reckoned = training_memory(
+        CONFIG,
+        micro_batch_size=size,
+        sequence_length=LENGTH,
+        dtype=chosen,
+        device_type="cpu",
+        state_bytes_per_parameter=AdamW.state_bytes,
+    )
     print(reckoned.total / (resident("VmHWM:") - before))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,19 +18,23 @@ from drivers.live_bytes import LiveBytes
 
 from gpt2_ddp.build.compute import start_model
 from gpt2_ddp.checkpoint import files as checkpoint
-from gpt2_ddp.checkpoint import resume
-from gpt2_ddp.checkpoint.resume import Resume
+from gpt2_ddp.checkpoint.state import (
+    Found,
+    TrainState,
+    checkpoint_files,
+    newest_checkpoint,
+    restore,
+    weights_and_moments,
+)
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed.context import DistContext, open_context
 from gpt2_ddp.distributed.wrapping import release, wrap
-from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
-from gpt2_ddp.optim import optimizer as optim
+from gpt2_ddp.optim.spikes import SpikeGuard
+from gpt2_ddp.optim.updates import SkipCount
 
 DEEP = GPTConfig(block_size=32, vocab_size=512, n_layer=8, n_head=2, n_embd=32)
 """Of whose weights the largest tensor is less than a seventh."""
-STATE = {"step": 3, "tokens_seen": 0, "data_hash": "", "scaler": {}, "config": {}, "skipped": 0, "skipped_in_a_row": 0,
-         "spike_guard": {"passed_over": 0, "rollbacks": 0, "recent": []}}  # fmt: skip
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -42,22 +45,24 @@ def size(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+def new_state() -> TrainState:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(skips=SkipCount(torch.device("cpu")), guard=SpikeGuard(6.0, 3), scaler=scaler)
+
+
 def write(model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    files: dict[str, checkpoint.Content] = {
-        "config.json": pretrained.hf_config(model.config),
-        "model.safetensors": pretrained.to_hf(model.state_dict()),
-        "optimizer.safetensors": optim.optimizer_tensors(model, optimizer),
-        "trainer_state.json": STATE,
-    }
+    state = new_state()
+    state.step = 3
+    files = checkpoint_files(state, model, optimizer, facts={"config": {}}, tokenizer={})
     checkpoint.write_checkpoint(Path("run/checkpoints/step_00000003"), files)
 
 
 def fresh_start(context: DistContext, config: TrainConfig) -> str:
     """Both ranks begin with the weights of rank 0's seed. Leaves on its disk a checkpoint, whose digest comes back."""
-    model, optimizer = start_model(config, context, Resume())
+    model, optimizer = start_model(config, context, Found())
     first = digest(dict(GPT(DEEP).init_weights(11).named_parameters()))
     assert context.gather(digest(dict(model.named_parameters()))) == [first, first]
-    everything = resume.weights_and_moments(model, optimizer)
+    everything = weights_and_moments(model, optimizer)
     torch.manual_seed(context.rank)
     for tensor in everything.values():
         tensor.data.copy_(torch.rand(tensor.shape) + 1)
@@ -67,13 +72,14 @@ def fresh_start(context: DistContext, config: TrainConfig) -> str:
     return context.broadcast(digest(everything))
 
 
-def resumed(context: DistContext, config: TrainConfig, found: Resume, saved: str) -> None:
+def resumed(context: DistContext, config: TrainConfig, found: Found, saved: str) -> None:
     """Everything of the checkpoint is on both ranks, in a new model and in one that goes back, and is there once."""
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = new_state()
     with LiveBytes() as live:
         model, optimizer = start_model(config, context, found)
-        assert resume.restore(found, context, model, optimizer, scaler).step == 3
-    everything = resume.weights_and_moments(model, optimizer)
+        restore(found, context, state, model, optimizer)
+    assert state.step == 3
+    everything = weights_and_moments(model, optimizer)
     assert context.gather(digest(everything)) == [saved, saved]
     whole, weights = size(everything), size(dict(model.named_parameters()))
     few = 2 * max(tensor.nbytes for tensor in everything.values())
@@ -84,9 +90,8 @@ def resumed(context: DistContext, config: TrainConfig, found: Resume, saved: str
         tensor.data.fill_(context.rank)
     places = [tensor.data_ptr() for tensor in everything.values()]
     with LiveBytes() as live:
-        resume.restore_weights(found, context, model)
-        resume.restore(found, context, model, optimizer, scaler)
-    everything = resume.weights_and_moments(model, optimizer)
+        restore(found, context, state, model, optimizer)
+    everything = weights_and_moments(model, optimizer)
     assert context.gather(digest(everything)) == [saved, saved]
     assert [tensor.data_ptr() for tensor in everything.values()] == places
     assert live.peak <= whole + few, (live.peak, whole)
@@ -97,20 +102,14 @@ def resumed(context: DistContext, config: TrainConfig, found: Resume, saved: str
     release(wrapped)
 
 
-def broken(context: DistContext, config: TrainConfig, found: Resume) -> None:
+def broken(context: DistContext, config: TrainConfig, found: Found) -> None:
     """What rank 0 cannot read is both ranks' error, and none waits for the other."""
     model, optimizer = start_model(config, context, found)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    loads: list[tuple[str, Callable[[], object]]] = [
-        ("optimizer", lambda: resume.restore(found, context, model, optimizer, scaler)),
-        ("model", lambda: resume.restore_weights(found, context, model)),
-        ("model", lambda: start_model(config, context, found)),
-    ]
-    for name, load in loads:
+    for name in ("optimizer", "model"):
         if context.is_main:
             os.truncate(f"{found.path}/{name}.safetensors", 100)
         with pytest.raises(ValueError, match=f"{name}.safetensors"):
-            load()
+            restore(found, context, new_state(), model, optimizer)
     with pytest.raises(ValueError, match=r"w1 \(2,\) torch.float32 where rank 0 has w0 \(2,\) torch.float32"):
         context.broadcast_tensors({f"w{context.rank}": torch.zeros(2)})
     assert context.max(context.rank) == 1
@@ -119,7 +118,7 @@ def broken(context: DistContext, config: TrainConfig, found: Resume) -> None:
 def try_all(context: DistContext) -> None:
     config = TrainConfig(model="gpt2-deep", sequence_length=16, seed=11 + context.rank)
     saved = fresh_start(context, config)
-    found = context.run_on_main(lambda: resume.find_checkpoint(Path("run/checkpoints")))
+    found = context.run_on_main(lambda: newest_checkpoint(Path("run/checkpoints")))
     resumed(context, config, found, saved)
     broken(context, config, found)
 

@@ -206,7 +206,7 @@ def half_precision(report: Report) -> None:
         with training(scene, "gpt2", steps=steps, dtype=dtype, compile="off") as run:
             losses = [float(step(run).loss) for _ in range(steps)]
             scale = run.precision.scaler.get_scale() if dtype == "float16" else None
-            skipped = run.skips.total()
+            skipped = run.state.skips.total()
             return {"dtype": dtype, "losses": losses[:: max(1, steps // 10)], "skipped": skipped, "scale": scale}
 
     runs = [isolated(lambda dtype=dtype: trained(dtype)) for dtype in ("bfloat16", "float16", "float32")]

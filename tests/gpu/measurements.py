@@ -19,6 +19,7 @@ from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.kernels import head_loss
 from gpt2_ddp.model.memory import training_memory
+from gpt2_ddp.optim.optimizers import AdamW
 from gpt2_ddp.periodic import report_saves, save
 from gpt2_ddp.run import Run
 from gpu.processes import isolated
@@ -273,7 +274,7 @@ def largest_model(report: Report) -> None:
     def fits() -> str:
         scene = find_scene()
         try:
-            require_fit(model_config(scene.model("gpt2-xl")), scene.device)
+            require_fit(model_config(scene.model("gpt2-xl")), AdamW.state_bytes, scene.device)
         except ValueError as error:
             return str(error)
         return ""

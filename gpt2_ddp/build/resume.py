@@ -1,0 +1,128 @@
+"""Where a run goes on: what `--resume` means, what must not have changed, and what is kept of the start before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2_ddp.build.rules import learning_rates
+from gpt2_ddp.checkpoint import files as checkpoint
+from gpt2_ddp.checkpoint.state import Found, read_state
+from gpt2_ddp.config import TrainConfig, flag
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json
+from gpt2_ddp.system.precision import DTYPES
+
+FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size", "optimizer")
+"""What must not change within a run, beside the data itself."""
+RATE_JUMP = 0.01
+"""A change of the learning rate by this fraction is told."""
+
+
+def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
+    """What `--resume` means in this run directory. Runs on rank 0, whose disk alone has to have the checkpoints.
+
+    Raises:
+        UserError: where the run there has another model, seed, batch or data, or nothing good is left of it.
+    """
+    directory, config_file = config.out_dir / "checkpoints", config.out_dir / "config.json"
+    (config.out_dir / ".writable").touch()
+    (config.out_dir / ".writable").unlink()
+    if config.resume == "never":
+        if config_file.exists() or checkpoint.checkpoints(directory):
+            raise UserError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
+        return Found()
+    said: list[str] = []
+    path: Path | None
+    if config.resume == "auto":
+        path, said = checkpoint.newest_good(directory)
+    else:
+        path, said = checkpoint.named(Path(config.resume))
+    if path is None:
+        if config_file.exists():
+            require_same_run(config, read_json(config_file), data_fingerprint)
+            said.append(f"{config.out_dir} holds a run without a checkpoint: starting it again from step 0")
+        return Found(said=said)
+    state = read_state(path)
+    require_same_run(config, state, data_fingerprint)
+    for newer in checkpoint.checkpoints(directory):
+        if newer.name > checkpoint.step_name(state["step"]):
+            said.append(f"{newer.name} is newer; set aside as {checkpoint.set_aside(newer, 'superseded').name}")
+    said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
+    said += rate_jump(config, state["config"], state["step"])
+    return Found(path=path, state=state, said=said)
+
+
+def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
+    """One line where flags that differ from the `saved` ones make the learning rate jump after `step`."""
+    before = {name: saved[name] for name in rate_fields(config) if name in saved}
+    changed = [name for name, value in before.items() if value != getattr(config, name)]
+    try:
+        old = learning_rates(replace(config, **before)).rate(step + 1)
+    except (TypeError, ValueError, KeyError):  # a checkpoint from elsewhere, whose configuration is not one of ours
+        return []
+    new = learning_rates(config).rate(step + 1)
+    if step >= config.max_steps or abs(new - old) <= RATE_JUMP * max(new, old):
+        return []
+    flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
+    return [f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}"]
+
+
+def rate_fields(config: TrainConfig) -> list[str]:
+    """The flags that decide the learning rate of a step, and may change within a run."""
+    decisive = {"schedule", "min_lr", *(field.name for field in fields(learning_rates(config)))}
+    return [field.name for field in fields(config) if field.name in decisive]
+
+
+def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:
+    """The micro-batch of the run in --out-dir, which a resume should keep; None where there is none that divides."""
+    file = config.out_dir / "config.json"
+    saved = read_json(file).get("config") if config.resume == "auto" and file.exists() else None
+    size = saved.get("micro_batch_size") if isinstance(saved, dict) else None
+    if not isinstance(size, int) or size < 1 or config.total_batch_size % (size * config.sequence_length * world_size):
+        return None
+    return size
+
+
+def saved_dtype(config: TrainConfig, device_type: str) -> str | None:
+    """The number format, as `--dtype` takes it, of the last start of the run that `--resume` continues.
+
+    None where there is no such run, or where it computed on another kind of device: what is fast there says nothing.
+    Nor where its config.json cannot be read, which for another run's is no reason to refuse its checkpoint.
+    """
+    run_dir = config.out_dir if config.resume == "auto" else Path(config.resume).resolve().parent.parent
+    file = run_dir / "config.json"
+    try:
+        starts = read_json(file).get("starts") if config.resume != "never" and file.exists() else None
+    except ValueError:
+        return None
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    if not isinstance(last, dict) or str(last.get("device")).split(":")[0] != device_type:
+        return None
+    name = str(last.get("dtype")).removeprefix("torch.")
+    return name if name in DTYPES else None
+
+
+def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprint: str) -> None:
+    """
+    Raises:
+        UserError: naming each field that must not change within a run and did.
+    """
+    saved_config = saved.get("config")
+    found = differences(saved_config if isinstance(saved_config, dict) else {}, config)
+    if saved.get("data_fingerprint") != data_fingerprint:
+        found.append(f"the tokens in --data-dir {config.data_dir} are not those the run was trained on")
+    if found:
+        raise UserError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir")
+
+
+def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """The fields that must not change within a run and differ from those of `saved`, each as one phrase."""
+    now = config.to_json()
+    return [
+        f"{flag(name)} is {now[name]}, the run has {str(saved.get(name))[:60]}"
+        for name in FIXED_FIELDS
+        if saved.get(name) != now[name]
+    ]
