@@ -49,7 +49,7 @@ def note_start(run: Run) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    values = {"config": run.config.to_json(), "data_fingerprint": run.sources.fingerprint, "starts": [*starts, start]}
+    values = {"config": run.config.to_json(), "data_fingerprint": run.data_fingerprint, "starts": [*starts, start]}
     replace_file(file, json.dumps(values, indent=2) + "\n")
 
 
@@ -111,7 +111,7 @@ def save(run: Run, *, final: bool = False) -> None:
     facts = {
         "numerics": run.numerics,
         "batch": asdict(run.plan),
-        "data_fingerprint": run.sources.fingerprint,
+        "data_fingerprint": run.data_fingerprint,
         "config": run.config.to_json(),
     }
     run.writer.save(

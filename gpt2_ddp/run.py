@@ -12,7 +12,6 @@ from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import GradientReduction
 from gpt2_ddp.distributed.stopping import StopRequest
@@ -23,15 +22,6 @@ from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim.schedules import Schedule
 from gpt2_ddp.system.hardware import Hardware
 from gpt2_ddp.system.precision import Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """The data of a run, checked. `fingerprint` tells the training tokens from any others."""
-
-    train: Windows
-    evaluations: tuple[Evaluation, ...]
-    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +40,7 @@ class Run:
     schedule: Schedule
     numerics: dict[str, object] | None
     data: TrainData
-    sources: Sources
+    data_fingerprint: str
     evaluations: tuple[Evaluation, ...]
     log: RunLog
     writer: CheckpointWriter

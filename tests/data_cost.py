@@ -28,7 +28,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from running import environment  # noqa: E402
 
-from gpt2_ddp.build import open_sources, plan_batches  # noqa: E402
+from gpt2_ddp.build.settling import open_sources, plan_batches  # noqa: E402
 from gpt2_ddp.config import TrainConfig  # noqa: E402
 from gpt2_ddp.data.loader import TrainData  # noqa: E402
 from gpt2_ddp.data.shards import header  # noqa: E402

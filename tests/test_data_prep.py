@@ -26,7 +26,7 @@ from running import run, sha256, tree
 
 from data_prep.files import Files
 from data_prep.prepare import Settings
-from gpt2_ddp.build import open_sources, plan_batches
+from gpt2_ddp.build.settling import open_sources, plan_batches
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.shards import find_shards
 

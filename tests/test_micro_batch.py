@@ -17,7 +17,7 @@ from running import environment, final_hashes, python
 from torch import nn
 
 from gpt2_ddp.build import build_run
-from gpt2_ddp.build.compute import compiled_or_not
+from gpt2_ddp.build.compiling import compiled_or_not
 from gpt2_ddp.build.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
@@ -158,7 +158,7 @@ def test_kernels_are_deterministic_before_a_micro_batch_is_tried_out(
         found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         raise ValueError("enough")
 
-    monkeypatch.setattr("gpt2_ddp.build.settle_micro_batch", settle)
+    monkeypatch.setattr("gpt2_ddp.build.settling.settle_micro_batch", settle)
     config = TrainConfig(
         model="gpt2-nano", data_dir=data_dir, out_dir=tmp_path / "run", micro_batch_size="auto", reproducible=True
     )
@@ -174,7 +174,7 @@ def test_a_micro_batch_that_does_not_fit_is_the_users_mistake(monkeypatch: pytes
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("gpt2_ddp.build.compute.warm_up", too_much)
+    monkeypatch.setattr("gpt2_ddp.build.compiling.warm_up", too_much)
     plan = BatchPlan(micro_batch_size=64, sequence_length=8, total_batch_size=512)
     with pytest.raises(ValueError, match=r"micro-batch of 64 sequences does not fit .* --activation-checkpointing"):
         compiled_or_not(DistContext(), plan, Precision.of(torch.float32, torch.device("cpu")), GPT(WIDE))

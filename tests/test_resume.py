@@ -11,8 +11,8 @@ import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
-from gpt2_ddp import build
 from gpt2_ddp.build.resume import rate_jump
+from gpt2_ddp.build.settling import require_room
 from gpt2_ddp.checkpoint.files import named
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.optim.schedules import Cosine
@@ -134,7 +134,7 @@ def test_a_disk_too_small_for_one_checkpoint(tmp_path: Path, monkeypatch: pytest
     config = TrainConfig(model="gpt2-nano", out_dir=tmp_path)
     for usage in (Usage(10**9, 0, 10**9), Usage(0, 0, 0)):  # zeros: a file system that does not tell
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
-        build.require_room(config)
+        require_room(config)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 10**7))
     with pytest.raises(ValueError, match=r"no space for a checkpoint of gpt2-nano, which takes 38 MiB; 9 MiB are free"):
-        build.require_room(config)
+        require_room(config)

@@ -31,7 +31,7 @@ from running import (
 )
 from safetensors.torch import load_file
 
-from gpt2_ddp.build.compute import start_model
+from gpt2_ddp.build.making import start_model
 from gpt2_ddp.checkpoint.files import faults
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig

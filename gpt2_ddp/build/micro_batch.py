@@ -8,7 +8,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from gpt2_ddp.build.compute import compiles, warm_up
+from gpt2_ddp.build.compiling import compiles, warm_up
 from gpt2_ddp.build.resume import saved_micro_batch
 from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.config import TrainConfig

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from drivers.disk import Disk
 
-from gpt2_ddp import build, periodic, train
+from gpt2_ddp import periodic, train
+from gpt2_ddp.build import settling
 from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import writer as saver
 from gpt2_ddp.checkpoint.state import weights_and_moments
@@ -268,7 +269,7 @@ def matmuls(*, float32: Sequence[float], bfloat16: Sequence[float]) -> None:
         sys.stderr.write(f"rank {RANK} is measured for {requested}\n")
         return speed if requested == "auto" else None
 
-    build.measure_speed = measure_speed
+    settling.measure_speed = measure_speed
 
 
 def elsewhere(*, rank: int) -> None:

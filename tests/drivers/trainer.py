@@ -25,7 +25,8 @@ from drivers.faults import FAULTS
 from drivers.surroundings import SURROUNDINGS
 from drivers.watchers import WATCHERS
 
-from gpt2_ddp import build, train
+from gpt2_ddp import train
+from gpt2_ddp.build import opening
 from gpt2_ddp.model.gpt import SIZES, GPTConfig
 from gpt2_ddp.system import cli
 
@@ -57,8 +58,8 @@ def leave(main: Callable[[], None]) -> None:
 
 def serve() -> None:
     """Answer each request, one line of JSON: `argv`, `faults`, `output`, `console` start a trainer, `wait` waits."""
-    files = build.tokenizer_files()
-    build.tokenizer_files = lambda: files
+    files = opening.tokenizer_files()
+    opening.tokenizer_files = lambda: files
     gc.freeze()  # else each child would copy all of this process's objects when it looks for garbage
     for line in sys.stdin:
         request = json.loads(line)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from drivers.live_bytes import LiveBytes
 
-from gpt2_ddp.build.compute import start_model
+from gpt2_ddp.build.making import start_model
 from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint.state import (
     Found,

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt2_ddp.build.compute import make_reduction, trainable
+from gpt2_ddp.build.making import make_reduction, wrapped_and_warm
 from gpt2_ddp.distributed.wrapping import release
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.kernels import head_loss
@@ -162,7 +162,7 @@ def group_of_one(scene: Scene) -> Iterator[None]:
 def under_ddp(run: Run) -> Run:
     """The same run under DDP, made and warmed up by the trainer's own code, which does so for several ranks alone."""
     several = replace(run.context, world_size=2)
-    wrapped = trainable(run.config, several, run.plan, run.hardware, run.precision, run.model)
+    wrapped = wrapped_and_warm(run.train_model, several, run.plan, run.precision)
     several.shorten_timeouts(60)
     reduction = make_reduction(wrapped, run.context, run.plan, reproducible=False)
     return replace(run, train_model=wrapped, reduction=reduction)

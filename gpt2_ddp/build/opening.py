@@ -1,0 +1,83 @@
+"""Third phase of the start: the threads and files of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpt2_ddp.build.making import Made
+from gpt2_ddp.build.rules import learning_rates
+from gpt2_ddp.build.settling import Settled
+from gpt2_ddp.checkpoint.writer import CheckpointWriter
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.loader import TrainData
+from gpt2_ddp.data.tokenizer import tokenizer_files
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.stopping import StopRequest
+from gpt2_ddp.distributed.watchdog import Watchdog
+from gpt2_ddp.metrics.boards import Aside
+from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
+from gpt2_ddp.run import Run
+
+
+def open_run(settled: Settled, made: Made, context: DistContext, stop: StopRequest) -> Run:
+    """Open the log, the data and the writer, and put the run together. Collective.
+
+    Raises:
+        OSError: where the disk refuses the log, on every rank.
+    """
+    config, state = settled.config, made.state
+    log = context.run_on_all(lambda: open_log(config, context, state.step, settled.boards, settled.said))
+    return Run(
+        config=config,
+        context=context,
+        hardware=settled.hardware,
+        precision=settled.precision,
+        numerics=settled.numerics,
+        plan=settled.plan,
+        model=made.model,
+        train_model=made.train_model,
+        reduction=made.reduction,
+        optimizer=made.optimizer,
+        schedule=learning_rates(config),
+        data=open_data(settled, context, first_step=state.step + state.guard.passed_over + 1),
+        data_fingerprint=settled.sources.fingerprint,
+        evaluations=settled.sources.evaluations,
+        log=log,
+        writer=open_writer(config, context),
+        stop=stop,
+        watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),
+        state=state,
+        tokenizer=tokenizer_files() if context.is_main else {},
+    )
+
+
+def open_data(settled: Settled, context: DistContext, *, first_step: int) -> TrainData:
+    """This rank's batches from `first_step` on."""
+    return TrainData(
+        settled.sources.train,
+        settled.plan,
+        rank=context.rank,
+        seed=settled.config.seed,
+        device=context.device,
+        first_step=first_step,
+    )
+
+
+def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:
+    """The run's checkpoints, written by rank 0."""
+    directory = config.out_dir / "checkpoints"
+    return CheckpointWriter(
+        directory, keep=config.keep_checkpoints, enabled=context.is_main, patience=config.timeout / 2
+    )
+
+
+def open_log(
+    config: TrainConfig, context: DistContext, step: int, boards: Sequence[Aside], said: Sequence[str]
+) -> RunLog:
+    """The run's log on rank 0, which begins with the lines `said`; a silent one elsewhere."""
+    if not context.is_main:
+        return NullLog()
+    log = FileLog(config.out_dir, resumed_step=step, boards=boards)
+    for line in said:
+        log.say(line)
+    return log

@@ -1,0 +1,238 @@
+"""First phase of the start: every choice is made and every mistake of the user's is found; no model is made."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gpt2_ddp.build.compiling import compiles
+from gpt2_ddp.build.evaluations import make_evaluations
+from gpt2_ddp.build.micro_batch import settle_micro_batch
+from gpt2_ddp.build.resume import find_resume, saved_dtype
+from gpt2_ddp.build.rules import optimizer_rule
+from gpt2_ddp.checkpoint.state import Found
+from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.shards import find_shards, read_manifest
+from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
+from gpt2_ddp.distributed import reduction as gradients
+from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.drift import require_same_data
+from gpt2_ddp.distributed.reduction import use_deterministic_kernels
+from gpt2_ddp.evaluation.interface import Evaluation
+from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
+from gpt2_ddp.model.gpt import model_config
+from gpt2_ddp.model.memory import parameter_count
+from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import sole_use
+from gpt2_ddp.system.hardware import Hardware, found_hardware
+from gpt2_ddp.system.precision import Precision, choose_dtype, measure_speed
+
+ENDING_SECONDS = 10.0
+"""A trainer that is just ending, or notices that its torchrun is gone, needs a moment to leave the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The data of a run, checked. `fingerprint` tells the training tokens from any others."""
+
+    train: Windows
+    evaluations: tuple[Evaluation, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What a run will be. `config` has no `auto` left but `--compile`, which `compiled` answers; `said` are lines for
+    the person who watches."""
+
+    config: TrainConfig
+    hardware: Hardware
+    precision: Precision
+    compiled: bool
+    plan: BatchPlan
+    sources: Sources
+    found: Found
+    boards: list[Aside]
+    numerics: dict[str, object] | None
+    said: list[str]
+
+
+def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settled:
+    """Decide what `config` leaves open and check the rest; `held` keeps the run directory. Collective.
+
+    Raises:
+        UserError: with the same outcome on every rank, for flags that do not fit the machine, the data, the run that is
+            there, or each other; for data that are missing or broken; for a directory that another trainer uses, a disk
+            without room, a board that does not answer.
+    """
+    hardware = found_hardware(context.device)
+    dtype, said_of_dtype = settle_dtype(config, context, hardware)
+    precision = Precision.of(dtype, context.device)
+    if config.reproducible:
+        use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
+    config = settle_micro_batch(config, context, precision, hardware)
+    config, said_of_validation = settle_validation(config, context)
+    plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
+    sources = share_sources(config, context, plan)
+    found = context.run_on_main(lambda: find_start(config, sources.fingerprint, held))
+    boards = context.run_on_all(lambda: open_boards(config, context, found.state.get("step", 0)))
+    return Settled(
+        config=config,
+        hardware=hardware,
+        precision=precision,
+        compiled=compiles(config, hardware),
+        plan=plan,
+        sources=sources,
+        found=found,
+        boards=boards,
+        numerics=choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None,
+        said=[*found.said, *said_of_validation, *said_of_dtype],
+    )
+
+
+def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) -> tuple[torch.dtype, list[str]]:
+    """The dtype of the matmuls, and lines that say why: by hand, else as the run began, else by `auto`; collective.
+
+    A CPU is measured on rank 0 while the others wait. Every start of a run on the same kind of device computes alike.
+    """
+    began = context.run_on_main(lambda: saved_dtype(config, hardware.device_type))
+    said = []
+    if config.dtype != "auto" and began not in (None, config.dtype):
+        said.append(f"dtype: {config.dtype} by --dtype; the run had {began}")
+    elif config.dtype == "auto" and began:
+        said.append(f"dtype: {began}, as at the start before; --dtype changes it")
+    requested = began if began and config.dtype == "auto" else config.dtype
+    width = model_config(config.model).n_embd
+    speed = context.run_on_main(lambda: measure_speed(requested, hardware, width))
+    dtype, note = choose_dtype(requested, hardware, speed)
+    return dtype, [*said, *([note] if note else [])]
+
+
+def settle_validation(config: TrainConfig, context: DistContext) -> tuple[TrainConfig, list[str]]:
+    """Without validation where rank 0's data were prepared so, and `--val-every` is the default; collective."""
+    manifest = context.run_on_main(lambda: read_manifest(config.data_dir))
+    if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
+        return config, []
+    return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
+
+
+def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
+    """The `BatchPlan` of `config` on `world_size` ranks."""
+    assert config.micro_batch_size != "auto"  # settled before
+    return BatchPlan(
+        micro_batch_size=config.micro_batch_size,
+        sequence_length=config.sequence_length,
+        total_batch_size=config.total_batch_size,
+        world_size=world_size,
+    )
+
+
+def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan) -> Sources:
+    """The data of the run, the same on every rank; collective.
+
+    Raises:
+        UserError: for what is missing, broken, too little, or another one on some rank.
+    """
+    sources = context.run_on_all(lambda: open_sources(config, plan))
+    require_same_data(context, sources.fingerprint)
+    return sources
+
+
+def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
+    """Find and check the data that the configuration asks for, of training and of evaluations.
+
+    Raises:
+        UserError: for what is missing, broken or too little.
+    """
+    train_shards = find_shards(config.data_dir, "train")
+    train = Windows(train_shards, config.sequence_length)
+    require_one_step(train, plan)
+    evaluations = tuple(make_evaluations(config, plan.micro_batch_size))
+    return Sources(train=train, evaluations=evaluations, fingerprint=fingerprint(train_shards))
+
+
+def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> Found:
+    """What the run goes on from, its directory held; where it begins anew, the disk is large enough for it.
+
+    Raises:
+        UserError: as `hold_directory`, `find_resume` and `require_room`.
+    """
+    hold_directory(config.out_dir, held)
+    found = find_resume(config, data_fingerprint)
+    if found.path is None:
+        require_room(config)
+    return found
+
+
+def hold_directory(out_dir: Path, held: ExitStack) -> None:
+    """Make the run directory and keep other trainers out of it.
+
+    Raises:
+        UserError: where another one is at work there.
+    """
+    (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    refusal = f"{out_dir} is in use by another trainer: end it, or choose another --out-dir"
+    held.enter_context(sole_use(out_dir, refusal, patience=ENDING_SECONDS))
+
+
+def require_room(config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: where not even one checkpoint fits on the disk of the run directory.
+    """
+    bytes_per_parameter = torch.float32.itemsize + optimizer_rule(config).state_bytes
+    needed = bytes_per_parameter * parameter_count(model_config(config.model))
+    disk = shutil.disk_usage(config.out_dir)
+    if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
+        raise UserError(
+            f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB; "
+            f"{disk.free >> 20} MiB are free: make room, or choose another --out-dir"
+        )
+
+
+def open_boards(config: TrainConfig, context: DistContext, step: int) -> list[Aside]:
+    """The boards that rank 0 was asked to show the run on.
+
+    Raises:
+        UserError: where one cannot be opened.
+    """
+    boards: list[Aside] = []
+    if config.tensorboard and context.is_main:
+        mend = "its folder in --out-dir must be one that can be written"
+        boards.append(Aside("--tensorboard", lambda: TensorBoard(config.out_dir, resumed_step=step), mend))
+    if config.wandb and context.is_main:
+        mend = "set WANDB_API_KEY, or log in by `wandb login`, or set WANDB_MODE=offline"
+        boards.append(Aside("--wandb", lambda: WeightsAndBiases(config.out_dir), mend))
+    return boards
+
+
+def choose_numerics(
+    config: TrainConfig,
+    context: DistContext,
+    plan: BatchPlan,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    found: Found,
+) -> dict[str, object]:
+    """What bits depend on beside the configuration, checked against every rank and the resumed run.
+
+    Raises:
+        UserError: where it differs, or the micro-batches and ranks make no full binary tree.
+    """
+    numerics: dict[str, object] = {
+        "device": hardware.name,
+        "dtype": str(dtype),
+        "compile": compiles(config, hardware),
+        "torch": torch.__version__,
+        "micro_batch_size": plan.micro_batch_size,
+        "activation_checkpointing": config.activation_checkpointing,
+    }
+    saved = (found.state.get("numerics") or {}) if found.path else None
+    gradients.require_same_numerics(context.gather(numerics), saved)
+    gradients.require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
+    return numerics
