@@ -160,6 +160,7 @@ def measured_memory(model: str, way: str, batch: int) -> dict[str, Any]:
             sequence_length=scene.length,
             dtype=run.precision.dtype,
             device_type=scene.device.type,
+            state_bytes_per_parameter=AdamW.state_bytes,
             device_memory=torch.cuda.get_device_properties(scene.device).total_memory if scene.cuda else 0,
             compiled=compiled,
             activation_checkpointing=checkpointing,
