@@ -29,7 +29,8 @@ import psutil  # noqa: E402  the folders of the tests and of the project come fi
 from drivers import warm  # noqa: E402
 from running import checkpoint, final_hashes, metrics, status, steps, write_shards  # noqa: E402
 
-from gpt2_ddp.checkpoint.files import checkpoints, faults  # noqa: E402
+from gpt2_ddp.checkpoint.choice import checkpoints  # noqa: E402
+from gpt2_ddp.checkpoint.files import faults  # noqa: E402
 from gpt2_ddp.system import cli  # noqa: E402
 
 FLAGS = ("--reproducible", "--dropout", "0.1", "--max-steps", "160", "--checkpoint-every", "8", "--keep-checkpoints",

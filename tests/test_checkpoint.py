@@ -15,16 +15,8 @@ import safetensors.torch
 import torch
 from running import checkpoint, metrics, run, sha256, tree
 
-from gpt2_ddp.checkpoint.files import (
-    checkpoints,
-    faults,
-    newest_good,
-    prune,
-    read_tensors,
-    set_aside,
-    step_name,
-    write_checkpoint,
-)
+from gpt2_ddp.checkpoint.choice import checkpoints, newest_good, prune, set_aside
+from gpt2_ddp.checkpoint.files import faults, read_tensors, step_name, write_checkpoint
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.model.gpt import GPT

@@ -177,7 +177,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "a"}\n\n{"text": "b"}\n{"text": \n')
     out = ("--out", tmp_path / "out", "--workers", 1)
-    assert "a.jsonl, line 4: Expecting value" in refused("text", file, *out)
+    assert "a.jsonl, line 4: not JSON (Expecting value" in refused("text", file, *out)
     assert "given twice" in refused("text", tmp_path, file, *out)
     assert "choose one" in refused("text", file, *out, "--val-tokens", 1, "--val-fraction", 0.1)
     new = ("--out", tmp_path / "new", "--workers", 1)

@@ -16,7 +16,8 @@ import pytest
 from data_prep_runs import COMMAND, texts_of, write_jsonl
 from running import ROOT, checkpoint, environment, final_hashes, run, status, train, tree
 
-from gpt2_ddp.checkpoint.files import checkpoints, faults, newest_good, set_aside, write_checkpoint
+from gpt2_ddp.checkpoint.choice import checkpoints, newest_good, set_aside
+from gpt2_ddp.checkpoint.files import faults, write_checkpoint
 from gpt2_ddp.system.files import flush, flush_directory, rename, replace_file, sole_use
 
 POOR_DISK = r"""

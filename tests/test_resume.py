@@ -13,7 +13,7 @@ from running import checkpoint, final_hashes, metrics, tree
 
 from gpt2_ddp.build.resume import rate_jump
 from gpt2_ddp.build.settling import require_room
-from gpt2_ddp.checkpoint.files import named
+from gpt2_ddp.checkpoint.choice import named
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.optim.schedules import Cosine
 from gpt2_ddp.system.files import read_json

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from running import checkpoint, tree
 
 from gpt2_ddp.build.resume import require_same_run
-from gpt2_ddp.checkpoint.files import MANIFEST, faults, newest_good, read_tensors
+from gpt2_ddp.checkpoint.choice import newest_good
+from gpt2_ddp.checkpoint.files import MANIFEST, faults, read_tensors
 from gpt2_ddp.checkpoint.state import TrainState, read_state
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.model import huggingface as pretrained

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_ddp.build.rules import learning_rates
-from gpt2_ddp.checkpoint import files as checkpoint
+from gpt2_ddp.checkpoint.choice import checkpoints, named, newest_good, set_aside
+from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.checkpoint.state import Found, read_state
 from gpt2_ddp.config import TrainConfig, flag
 from gpt2_ddp.system.errors import UserError
@@ -31,15 +32,15 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
     (config.out_dir / ".writable").touch()
     (config.out_dir / ".writable").unlink()
     if config.resume == "never":
-        if config_file.exists() or checkpoint.checkpoints(directory):
+        if config_file.exists() or checkpoints(directory):
             raise UserError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
         return Found()
     said: list[str] = []
     path: Path | None
     if config.resume == "auto":
-        path, said = checkpoint.newest_good(directory)
+        path, said = newest_good(directory)
     else:
-        path, said = checkpoint.named(Path(config.resume))
+        path, said = named(Path(config.resume))
     if path is None:
         if config_file.exists():
             require_same_run(config, read_json(config_file), data_fingerprint)
@@ -47,9 +48,9 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
         return Found(said=said)
     state = read_state(path)
     require_same_run(config, state, data_fingerprint)
-    for newer in checkpoint.checkpoints(directory):
-        if newer.name > checkpoint.step_name(state["step"]):
-            said.append(f"{newer.name} is newer; set aside as {checkpoint.set_aside(newer, 'superseded').name}")
+    for newer in checkpoints(directory):
+        if newer.name > step_name(state["step"]):
+            said.append(f"{newer.name} is newer; set aside as {set_aside(newer, 'superseded').name}")
     said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
     said += rate_jump(config, state["config"], state["step"])
     return Found(path=path, state=state, said=said)

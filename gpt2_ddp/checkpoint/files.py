@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -149,81 +148,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, newest first, whatever their state; what was set aside is not among them."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def newest_good(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, or None where there is none at all, and what was found broken.
-
-    Broken ones that are newer are set aside under a name that says so.
-
-    Raises:
-        UserError: where there are checkpoints and all are broken; none of them is touched.
-    """
-    broken: list[tuple[Path, str]] = []
-    for path in checkpoints(directory):
-        problems = faults(path)
-        if not problems:
-            said = [f"{bad} is broken ({what}); set aside as {set_aside(bad, 'broken').name}" for bad, what in broken]
-            return path, said
-        broken.append((path, ", ".join(problems)))
-    if broken:
-        listed = "; ".join(f"{path.name}: {what}" for path, what in broken)
-        raise UserError(f"every checkpoint in {directory} is broken ({listed}): restore one, or use another --out-dir")
-    return None, []
-
-
-def named(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint `path`, or the newest good one of the run directory `path`, and what was passed over in it.
-
-    Raises:
-        UserError: where there is none, or none that verifies; nothing is touched.
-    """
-    directory = next((place for place in (path / "checkpoints", path) if checkpoints(place)), None)
-    if directory is None:
-        if problems := faults(path):
-            mend = "give a run directory, or a step_... folder of its checkpoints"
-            raise UserError(f"cannot resume from {path}: {', '.join(problems)}; {mend}")
-        return path, []
-    passed_over: list[str] = []
-    for found in checkpoints(directory):
-        if not (problems := faults(found)):
-            return found, passed_over
-        passed_over.append(f"{found} is broken ({', '.join(problems)}); passed over")
-    raise UserError(f"cannot resume from {path}: {'; '.join(passed_over)}; give another run or checkpoint")
-
-
-def set_aside(path: Path, why: str) -> Path:
-    """Rename a checkpoint so that no run takes it up again, and return its new name."""
-    target, number = path.with_name(f"{path.name}.{why}"), 2
-    while target.exists():
-        target, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1
-    disk.rename(path, target)
-    return target
-
-
-def prune(directory: Path, keep: int) -> None:
-    """Keep the `keep` newest good checkpoints. A broken one never counts, and goes with those that are too old."""
-    good: list[Path] = []
-    for path in checkpoints(directory):
-        if len(good) == keep:
-            shutil.rmtree(path)
-        elif faults(path):
-            set_aside(path, "broken")
-        else:
-            good.append(path)
-    if len(good) == keep:
-        for path in directory.glob("step_*.*"):
-            step = path.name[5:].split(".")[0]
-            if step.isdecimal() and int(step) < int(good[-1].name[5:]):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_ddp.checkpoint import files as checkpoint
+from gpt2_ddp.checkpoint.choice import newest_good
+from gpt2_ddp.checkpoint.files import Content, read_tensors
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT
@@ -103,7 +104,7 @@ def newest_checkpoint(directory: Path) -> Found:
     Raises:
         UserError: where there is none.
     """
-    path, said = checkpoint.newest_good(directory)
+    path, said = newest_good(directory)
     if path is None:
         raise UserError(f"{directory} holds no checkpoint to go back to")
     return Found(path=path, state=read_state(path), said=said)
@@ -121,7 +122,7 @@ def checkpoint_files(
     *,
     facts: Mapping[str, object],
     tokenizer: Mapping[str, bytes],
-) -> dict[str, checkpoint.Content]:
+) -> dict[str, Content]:
     """The files of a checkpoint: a Hugging Face GPT-2 directory, the optimizer's state and the run's.
 
     `facts` are what is told of the run beside its state, as JSON carries it, and is never put back.
@@ -152,7 +153,7 @@ def restore(
     def load() -> None:
         if context.is_main:
             pretrained.load_weights(path, model)
-            load_optimizer_tensors(model, optimizer, checkpoint.read_tensors(path / OPTIMIZER_FILE))
+            load_optimizer_tensors(model, optimizer, read_tensors(path / OPTIMIZER_FILE))
 
     context.run_on_all(load)  # whole, before the first is sent: an error of rank 0 leaves nobody waiting
     context.broadcast_tensors(weights_and_moments(model, optimizer))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2_ddp.checkpoint.files import Content, prune, step_name, write_checkpoint
+from gpt2_ddp.checkpoint.choice import prune
+from gpt2_ddp.checkpoint.files import Content, step_name, write_checkpoint
 
 STILL_WRITING = "the save before it is still being written"
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drivers.disk import Disk
 
-from gpt2_ddp.checkpoint.files import Content, newest_good, prune, read_tensors, write_checkpoint
+from gpt2_ddp.checkpoint.choice import newest_good, prune
+from gpt2_ddp.checkpoint.files import Content, read_tensors, write_checkpoint
 
 BEFORE, SAVED, NEXT = (f"step_{step:08d}" for step in (4, 8, 12))
 
