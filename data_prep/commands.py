@@ -7,9 +7,9 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from tyro.conf import Positional
+from tyro.conf import Positional, subcommand
 
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
@@ -196,3 +196,14 @@ def downloaded_shakespeare(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(path, text, contested=True)
     return path
+
+
+Command = (
+    Annotated[Demo, subcommand("demo")]
+    | Annotated[Text, subcommand("text")]
+    | Annotated[Hub, subcommand("hub")]
+    | Annotated[FinewebEdu, subcommand("fineweb-edu")]
+    | Annotated[Shakespeare, subcommand("shakespeare")]
+    | Annotated[HellaSwag, subcommand("hellaswag")]
+)
+"""What `python -m data_prep` can do."""
