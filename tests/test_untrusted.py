@@ -29,7 +29,7 @@ from gpt2_ddp.checkpoint.choice import newest_good
 from gpt2_ddp.checkpoint.files import MANIFEST, faults, read_tensors
 from gpt2_ddp.checkpoint.state import TrainState, read_state
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.model import huggingface as pretrained
+from gpt2_ddp.model import huggingface
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim.optimizers import AdamW, load_optimizer_tensors
 from gpt2_ddp.optim.spikes import SpikeGuard
@@ -200,7 +200,7 @@ def load_optimizer(target: Path) -> None:
 
 
 def load_weights(target: Path) -> None:
-    pretrained.load_model(target)
+    huggingface.load_model(target)
 
 
 READERS: dict[str, Callable[[Path], None]] = {

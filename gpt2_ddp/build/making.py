@@ -14,11 +14,11 @@ from gpt2_ddp.build.settling import Settled
 from gpt2_ddp.checkpoint.state import Found, TrainState, restore
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.distributed import reduction as gradients
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.distributed.reduction import DDPReduction, GradientReduction, TreeReduction
 from gpt2_ddp.distributed.wrapping import release, wrap
-from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.model.huggingface import find_model, load_model
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount, zero_gradients
 from gpt2_ddp.system.allocator import keep_freed_memory
@@ -32,7 +32,7 @@ class Made:
 
     model: GPT
     train_model: nn.Module
-    reduction: gradients.GradientReduction
+    reduction: GradientReduction
     optimizer: torch.optim.Optimizer
     state: TrainState
 
@@ -88,8 +88,8 @@ def start_weights(config: TrainConfig, found: Found, context: DistContext) -> GP
         return model.to_empty(device=context.device)
     if config.init_from is None:
         return model.init_weights(config.seed).to(context.device)
-    source = pretrained.find_model(config.init_from)
-    loaded = pretrained.load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
+    source = find_model(config.init_from)
+    loaded = load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
     if loaded.config != model.config:
         raise UserError(f"{source} is no {config.model}: it has {loaded.config}")
     return loaded.to(context.device)
@@ -118,7 +118,7 @@ def wrapped_and_warm(model: nn.Module, context: DistContext, plan: BatchPlan, pr
 
 def make_reduction(
     train_model: nn.Module, context: DistContext, plan: BatchPlan, *, reproducible: bool
-) -> gradients.GradientReduction:
+) -> GradientReduction:
     """How the gradients of a step are summed: by DDP, or in the fixed tree of --reproducible."""
-    kind = gradients.TreeReduction if reproducible else gradients.DDPReduction
+    kind = TreeReduction if reproducible else DDPReduction
     return kind(train_model, context, plan.grad_accum_steps)

@@ -19,10 +19,9 @@ from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
-from gpt2_ddp.distributed import reduction as gradients
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
-from gpt2_ddp.distributed.reduction import use_deterministic_kernels
+from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, use_deterministic_kernels
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.model.gpt import model_config
@@ -233,6 +232,6 @@ def choose_numerics(
         "activation_checkpointing": config.activation_checkpointing,
     }
     saved = (found.state.get("numerics") or {}) if found.path else None
-    gradients.require_same_numerics(context.gather(numerics), saved)
-    gradients.require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
+    require_same_numerics(context.gather(numerics), saved)
+    require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
     return numerics

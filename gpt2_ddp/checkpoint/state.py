@@ -13,8 +13,8 @@ from torch import Tensor
 from gpt2_ddp.checkpoint.choice import newest_good
 from gpt2_ddp.checkpoint.files import Content, read_tensors
 from gpt2_ddp.distributed.context import DistContext
-from gpt2_ddp.model import huggingface as pretrained
 from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.model.huggingface import hf_config, load_weights, to_hf
 from gpt2_ddp.optim.optimizers import load_optimizer_tensors, optimizer_tensors
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount
@@ -128,9 +128,9 @@ def checkpoint_files(
     `facts` are what is told of the run beside its state, as JSON carries it, and is never put back.
     """
     return {
-        "config.json": pretrained.hf_config(model.config),
+        "config.json": hf_config(model.config),
         **tokenizer,
-        "model.safetensors": pretrained.to_hf(model.state_dict()),
+        "model.safetensors": to_hf(model.state_dict()),
         OPTIMIZER_FILE: optimizer_tensors(model, optimizer),
         STATE_FILE: {**state.state_dict(), **facts},
     }
@@ -152,7 +152,7 @@ def restore(
 
     def load() -> None:
         if context.is_main:
-            pretrained.load_weights(path, model)
+            load_weights(path, model)
             load_optimizer_tensors(model, optimizer, read_tensors(path / OPTIMIZER_FILE))
 
     context.run_on_all(load)  # whole, before the first is sent: an error of rank 0 leaves nobody waiting

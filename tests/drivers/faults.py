@@ -23,7 +23,7 @@ from drivers.disk import Disk
 from gpt2_ddp import periodic, train
 from gpt2_ddp.build import settling
 from gpt2_ddp.checkpoint import files as checkpoint
-from gpt2_ddp.checkpoint import writer as saver
+from gpt2_ddp.checkpoint import writer
 from gpt2_ddp.checkpoint.state import weights_and_moments
 from gpt2_ddp.data.loader import StepBatch, TrainData
 from gpt2_ddp.evaluation.interface import Evaluation
@@ -91,7 +91,7 @@ def hold(*, where: str, step: int, rank: int = 0) -> None:
 
 def hold_save(*, step: int) -> None:
     """Wait in the middle of the save of `step`, once, for the file `go`, whatever signals come."""
-    original, write_file = saver.write_checkpoint, checkpoint._write_file
+    original, write_file = writer.write_checkpoint, checkpoint._write_file
 
     def write_checkpoint(path: Path, files: dict[str, Any]) -> int:
         if path.name != checkpoint.step_name(step) or not first_time(path.parent.parent / "saving"):
@@ -108,7 +108,7 @@ def hold_save(*, step: int) -> None:
         finally:
             checkpoint._write_file = write_file
 
-    saver.write_checkpoint = write_checkpoint
+    writer.write_checkpoint = write_checkpoint
 
 
 def kill(*, steps: Sequence[int], rank: int = 0, when_saved: bool = False) -> None:
@@ -126,9 +126,9 @@ def kill(*, steps: Sequence[int], rank: int = 0, when_saved: bool = False) -> No
 
 def kill_in_save(*, step: int, operation: int, listing: str = "") -> None:
     """SIGKILL this process at a file operation, counted from 1, of the save of `step`; 0 lists them instead."""
-    disk, original = Disk(operation), saver.CheckpointWriter._write
+    disk, original = Disk(operation), writer.CheckpointWriter._write
 
-    def write(self: saver.CheckpointWriter, number: int, *rest: Any) -> saver.SaveReport:
+    def write(self: writer.CheckpointWriter, number: int, *rest: Any) -> writer.SaveReport:
         if number != step:
             return original(self, number, *rest)
         with disk.watched():
@@ -137,7 +137,7 @@ def kill_in_save(*, step: int, operation: int, listing: str = "") -> None:
             Path(listing).write_text("\n".join(disk.operations))
         return report
 
-    saver.CheckpointWriter._write = write
+    writer.CheckpointWriter._write = write
 
 
 def non_finite(*, steps: Sequence[int], where: str, value: float, rank: int = 0) -> None:
@@ -219,7 +219,7 @@ def flip_bit(*, step: int, rank: int, tensor: str) -> None:
 
 def no_space(*, steps: Sequence[int], once: bool = False) -> None:
     """The disk is full when the checkpoints of `steps` are written, or only when they are first."""
-    original, fsync = saver.write_checkpoint, os.fsync
+    original, fsync = writer.write_checkpoint, os.fsync
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -232,7 +232,7 @@ def no_space(*, steps: Sequence[int], once: bool = False) -> None:
         finally:
             os.fsync = fsync
 
-    saver.write_checkpoint = write_checkpoint
+    writer.write_checkpoint = write_checkpoint
 
 
 def fill_disk(*, step: int, until: int = 0) -> None:
