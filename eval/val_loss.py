@@ -16,7 +16,7 @@ from gpt2_ddp.data.loader import ValidationData, Windows
 from gpt2_ddp.data.shards import find_shards
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPTConfig
-from gpt2_ddp.model.kernels import LARGE_MEMORY, head_rows_for
+from gpt2_ddp.model.head import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model.memory import USABLE
 from gpt2_ddp.system.errors import UserError
 

@@ -30,8 +30,9 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import DDPReduction
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
-from gpt2_ddp.model.kernels import PRODUCT_ROWS, accumulate, head_loss
-from gpt2_ddp.model.memory import USABLE, TrainingMemory, parameter_count, training_memory
+from gpt2_ddp.model.head import PRODUCT_ROWS, add_product, head_loss
+from gpt2_ddp.model.memory import USABLE, TrainingMemory, training_memory
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.optim.optimizer import zero_gradients
 from gpt2_ddp.system.hardware import found_hardware
 from gpt2_ddp.system.precision import Precision
@@ -237,7 +238,7 @@ def test_more_chunks_of_the_head_take_no_more_memory() -> None:
 def test_what_is_added_to_the_heads_gradient_never_exists_whole() -> None:
     total, left, right = torch.zeros(8 * PRODUCT_ROWS, 64), torch.ones(4, 8 * PRODUCT_ROWS), torch.ones(4, 64)
     product = PRODUCT_ROWS * 64 * (torch.bfloat16.itemsize + torch.float32.itemsize)  # and its copy
-    assert peak(lambda: accumulate(total, left.bfloat16(), right.bfloat16())) <= left.nbytes + product
+    assert peak(lambda: add_product(total, left.bfloat16(), right.bfloat16())) <= left.nbytes + product
     assert torch.equal(total, torch.full_like(total, 4))
 
 

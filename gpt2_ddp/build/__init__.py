@@ -34,7 +34,7 @@ from gpt2_ddp.evaluation.hellaswag import read_examples
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
 from gpt2_ddp.model.gpt import model_config
-from gpt2_ddp.model.memory import parameter_count
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.optim import optimizer as optim
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.run import Run, Sources

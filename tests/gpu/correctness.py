@@ -20,7 +20,7 @@ import torch.distributed as dist
 from gpt2_ddp.build.compute import make_reduction, trainable
 from gpt2_ddp.distributed.context import release
 from gpt2_ddp.model.gpt import GPT, model_config
-from gpt2_ddp.model.kernels import head_loss
+from gpt2_ddp.model.head import head_loss
 from gpt2_ddp.run import Run
 from gpu.processes import isolated
 from gpu.runner import Report, SkippedPartError
