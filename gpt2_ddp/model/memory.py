@@ -61,8 +61,8 @@ def training_memory(
     dtype, a chunk's part of it (on a CPU only a slice of that exists). In the backward pass of a block that is the
     head's gradient, those of GELU's output and input, and that of the residual stream; compiled, also the gradients of
     the block's weights, which it hands over all at once. With activation checkpointing each block keeps its input
-    alone, and the one whose backward pass it is all the others. The rows of the head's chunks follow from
-    `device_memory`, the bytes that the device has.
+    alone, and the one whose backward pass it is all the others, in eager mode also what its norms give. The rows of the
+    head's chunks follow from `device_memory`, the bytes that the device has.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
     mixed = dtype != torch.float32
@@ -75,7 +75,8 @@ def training_memory(
         head += width * matrix + 2 * 4 * tokens * config.n_embd + logits * (2 * width + (0 if compiled else 4))
     else:
         head += logits * (2 * 4 if compiled and device_type != "cpu" else 4)
-    backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + (block if activation_checkpointing else 0))
+    again = block + (0 if compiled else 2 * width) if activation_checkpointing else 0
+    backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + again)
     if compiled:
         backward += 4 * block_matrix_size(config)
     return TrainingMemory(

@@ -1,14 +1,14 @@
 """What the backward pass of a block is not given, since it computes it again.
 
-Of a block are kept: the inputs of its norms, q, k, v, what attention gives, and GELU's input. The outputs of norms and
-GELU would be as much again but half, and are cheap to compute. `run_block` leaves them out in eager mode, and the
-compiler where `Recomputed` marks them.
+Kept are the inputs of its norms, q, k, v, what attention gives, and GELU's input. What its norms and GELU give would be
+half as much again, and is cheap to compute: `run_block` leaves it out in eager mode, and the compiler does so where
+`Recomputed` marks it.
 
-PyTorch's selective checkpointing (`create_selective_checkpoint_contexts`, saving the outputs of matmuls and attention)
-was measured instead. Compiled it keeps the same and takes the same time. In eager mode, on one core of an AMD EPYC with
-AVX2, 6 layers of n_embd 384 in float32, 4 sequences of 256, vocabulary 4096, it held 125.4 MiB at the peak and took
-1.40 s of CPU time a step, against 113.5 MiB and 1.30 s here: a block's last matmul, which nothing reads, is saved, and
-every operation passes through Python. Attention in blocks would have to become an operator that no compiler sees into.
+PyTorch's own policies (`create_selective_checkpoint_contexts`, saving what matmuls and attention give) keep the same
+where they are compiled, but in eager mode 6 layers of n_embd 384 took 1.15 s of CPU time a step and 166.0 MiB at the peak
+instead of 1.07 s and 154.1 MiB (`python -m drivers.selective` in tests, on one core of an AMD EPYC with AVX2): every
+operation passes through Python, and a block's last matmul is saved, which nothing reads. Attention in blocks would have
+to be an operator into which no compiler sees.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def _outputs_left_out(layers: list[Recomputed]) -> Iterator[None]:
         with saved_tensors_hooks(pack, _unpacked):
             yield
     finally:
+        outputs.clear()  # autograd keeps `pack`
         for handle in handles:
             handle.remove()
 
