@@ -5,10 +5,10 @@ half as much again, and is cheap to compute: `run_block` leaves it out in eager 
 `Recomputed` marks it.
 
 PyTorch's own policies (`create_selective_checkpoint_contexts`, saving what matmuls and attention give) keep the same
-where they are compiled, but in eager mode 6 layers of n_embd 384 took 1.15 s of CPU time a step and 166.0 MiB at the peak
-instead of 1.07 s and 154.1 MiB (`python -m drivers.selective` in tests, on one core of an AMD EPYC with AVX2): every
-operation passes through Python, and a block's last matmul is saved, which nothing reads. Attention in blocks would have
-to be an operator into which no compiler sees.
+where they are compiled, but in eager mode 6 layers of n_embd 384 took 1.15 s of CPU time a step and 166.0 MiB at the
+peak instead of 1.07 s and 154.1 MiB (`python -m drivers.selective` in tests, on one core of an AMD EPYC with AVX2):
+every operation passes through Python, and a block's last matmul is saved, which nothing reads. Attention in blocks
+would have to be an operator into which no compiler sees.
 """
 
 from __future__ import annotations
