@@ -17,8 +17,9 @@ from gpt2_ddp.data.shards import find_shards
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPTConfig
-from gpt2_ddp.model.kernels import LARGE_MEMORY, head_rows_for
+from gpt2_ddp.model.head import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model.memory import USABLE
+from gpt2_ddp.model.shapes import block_matrix_size
 from gpt2_ddp.system.errors import UserError
 
 BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -102,7 +103,7 @@ def forward_memory(config: GPTConfig, tokens: int, *, dtype: torch.dtype, device
     a CPU comes on top.
     """
     width, mixed = dtype.itemsize, dtype != torch.float32
-    matrices = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    matrices = config.n_layer * block_matrix_size(config) + config.vocab_size * config.n_embd
     rows = min(tokens, head_rows_for(device_type, LARGE_MEMORY))
     block = tokens * config.n_embd * (2 * 4 + (4 + 4 + 1) * width)
     head = tokens * config.n_embd * (2 * 4 + width) + rows * config.vocab_size * (2 * 4 + width * mixed)

@@ -11,16 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp.model.kernels import (
-    BLOCK_ROWS,
-    CPU_HEAD_ROWS,
-    PRODUCT_ROWS,
-    accumulate,
-    causal_attention,
-    gelu,
-    head_loss,
-    head_rows_for,
-)
+from gpt2_ddp.model.attention import BLOCK_ROWS, causal_attention
+from gpt2_ddp.model.head import CPU_HEAD_ROWS, PRODUCT_ROWS, add_product, head_loss, head_rows_for
+from gpt2_ddp.model.layers import GELU
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
@@ -80,7 +73,7 @@ def test_attention_of_views_and_without_gradients() -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_the_compiled_gelu_is_pytorchs(dtype: torch.dtype, tolerance: float) -> None:
     x = torch.cat((torch.linspace(-30, 30, 1001), torch.randn(1000))).to(dtype).requires_grad_()
-    y = torch.compile(gelu, backend="aot_eager")(x)
+    y = torch.compile(GELU(), backend="aot_eager")(x)
     y.float().sum().backward()
     true = x.detach().double().requires_grad_()
     F.gelu(true, approximate="tanh").sum().backward()
@@ -147,7 +140,7 @@ def test_a_product_is_not_rounded_where_that_would_be_infinite(dtype: torch.dtyp
     """One target that dominates: 2,000 gradients of nearly 1 times features of 60 are past float16's 65504."""
     left, right = torch.full((2000, 3), -0.99).to(dtype), torch.full((2000, 4), 60.0).to(dtype)
     total = torch.ones(3, 4)
-    accumulate(total, left, right)
+    add_product(total, left, right)
     torch.testing.assert_close(total, 1 + left.float().T @ right.float(), rtol=tolerance, atol=0)
 
 
@@ -155,7 +148,7 @@ def test_a_gpu_adds_the_product_in_float32() -> None:
     """By shapes and dtypes alone, through the call that a GPU takes."""
     total, left, right = (torch.empty(0, dtype=dtype, device="meta") for dtype in (torch.float32, *[torch.float16] * 2))
     with Largest() as seen:
-        accumulate(total.new_empty(8, 4), left.new_empty(5, 8), right.new_empty(5, 4))
+        add_product(total.new_empty(8, 4), left.new_empty(5, 8), right.new_empty(5, 4))
     assert [str(call) for call in seen.calls if "mm" in str(call)] == ["aten.addmm.dtype_out"]
 
 

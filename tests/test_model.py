@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2_ddp.model.attention import KeyValueCache
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig, model_config
 from gpt2_ddp.model.huggingface import from_hf
+from gpt2_ddp.model.shapes import parameter_shapes
 
 WIDTHS_AND_HEADS = [(768, 12), (1024, 16), (1280, 20), (1600, 25)]
 
@@ -69,6 +71,33 @@ def test_parameter_counts_are_the_published_ones_before_padding(name: str, publi
     matrices = 12 * config.n_layer * config.n_embd**2 + (50257 + 1024) * config.n_embd
     vectors = config.n_layer * 13 * config.n_embd + 2 * config.n_embd
     assert matrices + vectors == published
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_shapes_are_those_of_transformers(name: str) -> None:
+    config, before = SIZES[name], torch.get_rng_state()
+    with torch.device("meta"):
+        sizes = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        theirs = from_hf(dict(GPT2LMHeadModel(GPT2Config(**sizes)).named_parameters()))
+    assert parameter_shapes(config) == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.is_meta for parameter in GPT(config, device="meta").parameters())
+
+
+def test_one_pass_serves_other_positions_masks_and_parts() -> None:
+    """All in one, in parts with a cache, and beside a second text in one row, where its mask parts the two."""
+    model = GPT(replace(SIZES["gpt2-nano"], block_size=12)).init_weights(0).eval()
+    ids = torch.randint(50257, (2, 12), generator=torch.Generator().manual_seed(0))
+    whole = model.features(ids)
+    cache = [KeyValueCache(12) for _ in model.h]
+    parts = [model.features(part, cache=cache) for part in ids.split([5, 1, 4, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="13 tokens are more than the model's block_size 12"):
+        model.features(ids[:, :1], cache=cache)
+    text = torch.arange(24) // 12
+    mask = (text == text[:, None]).tril()
+    both = model.features(ids.view(1, 24), positions=torch.arange(12).repeat(2), mask=mask)
+    torch.testing.assert_close(both.view(2, 12, -1), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_initial_weights_have_gpt2s_deviations() -> None:

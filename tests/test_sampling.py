@@ -102,6 +102,33 @@ def test_training_is_left_as_it_was() -> None:
     assert model.training
 
 
+def reread(model: GPT, prompt: torch.Tensor, *, new: int, seed: int, length: int) -> torch.Tensor:
+    """What `generate` is to give, all that counts being read anew for each token."""
+    generator, ids = torch.Generator().manual_seed(seed), prompt
+    for _ in range(new):
+        with torch.no_grad():
+            logits = model(ids[:, -length:])[:, -1]
+        ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("start", "new", "length"), [(1, 15, 16), (5, 8, 16), (15, 1, 16), (3, 30, 16), (20, 5, 9)])
+def test_the_text_is_that_of_a_model_that_reads_all_anew(rows: int, start: int, new: int, length: int) -> None:
+    """Also where the window slides, which is where `start + new` is past `length`."""
+    model = sharp(SMALL)
+    prompt = torch.randint(40, (rows, start), generator=torch.Generator().manual_seed(start))
+    found = generate(model, prompt, max_new_tokens=new, seed=3, sequence_length=length)
+    assert torch.equal(found, reread(model, prompt, new=new, seed=3, length=length))
+
+
+def test_each_token_is_read_once_until_the_window_slides() -> None:
+    model, read = sharp(SMALL), list[int]()
+    model.wte.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    generate(model, [1, 2, 3], max_new_tokens=16)
+    assert read == [3, *[1] * 13, 16, 16]
+
+
 def test_only_the_last_block_size_tokens_count() -> None:
     model = sharp(SMALL)
     prompt = torch.randint(40, (1, 30), generator=torch.Generator().manual_seed(0))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from gpt2_ddp.model.gpt import SIZES, GPTConfig
-from gpt2_ddp.model.kernels import LARGE_HEAD_ROWS, LARGE_MEMORY
-from gpt2_ddp.model.memory import USABLE, TrainingMemory, fits_into, parameter_count, training_memory
+from gpt2_ddp.model.head import LARGE_HEAD_ROWS, LARGE_MEMORY
+from gpt2_ddp.model.memory import USABLE, TrainingMemory, fits_into, training_memory
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.optim.optimizers import AdamW
 from gpt2_ddp.system import cli
 from gpt2_ddp.system.hardware import Hardware, peak_flops

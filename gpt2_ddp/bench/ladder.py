@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.wrapping import grad_sync, wrap
+from gpt2_ddp.model.attention import BlockAttention
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
-from gpt2_ddp.model.kernels import BlockAttention
 from gpt2_ddp.model.vocabulary import VOCAB_SIZE
 from gpt2_ddp.optim.optimizers import AdamW, parameter_groups
 from gpt2_ddp.optim.updates import apply_update
@@ -131,19 +131,19 @@ def first_rung_sequences(config: GPTConfig, sequence_length: int, memory: int) -
     return next((size for size in (16, 8, 4, 2) if size * each + 16 * parameters < 0.9 * memory), 1)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
     """Attention with its matrix of weights written out, (B, n_head, T, T)."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
     """PyTorch's kernel."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, _: float) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
     """In blocks, in any dtype."""
     y: Tensor = BlockAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
     return y

@@ -25,7 +25,7 @@ from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, 
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.model.gpt import model_config
-from gpt2_ddp.model.memory import parameter_count
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware

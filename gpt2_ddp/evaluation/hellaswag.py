@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from tiktoken import Encoding
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.interface import Findings
-from gpt2_ddp.model.gpt import GPT, Block
+from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import json_object
@@ -300,23 +300,12 @@ def _score_batch(model: GPT, batch: Sequence[_Tree], scores: Tensor) -> None:
         padding = width - len(tokens)
         rows.append((tokens + [0] * padding, positions + [0] * padding, parts + [PADDING] * padding))
     device = model.wte.weight.device
-    features = _features(model, *torch.tensor(rows, device=device).unbind(1)).flatten(0, 1)
+    ids, places, part_of = torch.tensor(rows, device=device).unbind(1)  # each (B, T)
+    seen = ((part_of[:, None, :] == 0) | (part_of[:, None, :] == part_of[:, :, None])).tril()
+    features = model.features(ids, positions=places, mask=seen[:, None]).flatten(0, 1)
     read, answers, slots = torch.tensor(scored, device=device).unbind(1)
     losses = [
         F.cross_entropy(model.logits(features[at]).float(), answer, reduction="none")
         for at, answer in zip(torch.split(read, HEAD_POSITIONS), torch.split(answers, HEAD_POSITIONS), strict=True)
     ]
     scores.index_add_(0, slots.cpu(), -torch.cat(losses).double().cpu())
-
-
-def _features(model: GPT, ids: Tensor, positions: Tensor, parts: Tensor) -> Tensor:
-    """`GPT.features` where a token sees those before it that are of part 0 or of its own part; all are (B, T)."""
-    mask = ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
-    x = model.wte(ids) + model.wpe(positions)
-    for block in cast("Sequence[Block]", model.h):
-        heads = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, block.attn.n_head, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head width)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.mlp.c_fc(block.ln_2(x)))
-    return model.ln_f(x)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.interface import Findings
+from gpt2_ddp.model.attention import KeyValueCache
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.vocabulary import EOT, VOCAB_SIZE
 from gpt2_ddp.system.errors import UserError
@@ -52,14 +53,12 @@ def generate(
     ids = ids[None] if ids.ndim == 1 else ids
     _check(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     length = min(sequence_length or model.config.block_size, model.config.block_size)
-    device = model.wte.weight.device
+    cache = [KeyValueCache(min(length, ids.shape[1] + max_new_tokens)) for _ in model.h]
     generator = torch.Generator().manual_seed(seed)
     ended = torch.zeros(len(ids), dtype=torch.bool)
     with evaluating(model), autocast or nullcontext():
         for _ in range(max_new_tokens):
-            window = ids[:, -length:].to(device)
-            logits = model.logits(model.features(window)[:, -1])[:, :VOCAB_SIZE].float().cpu()
-            tokens = _draw(logits, temperature, top_k, generator)
+            tokens = _draw(_next_logits(model, ids, length, cache), temperature, top_k, generator)
             if stop_at_eot:
                 tokens = torch.where(ended, EOT, tokens)
                 ended |= tokens == EOT
@@ -80,6 +79,18 @@ def _check(ids: Tensor, *, max_new_tokens: int, temperature: float, top_k: int |
         raise UserError(f"temperature {temperature}: give a number from 0 (the likeliest token) on")
     if top_k is not None and top_k < 1:
         raise UserError(f"top-k {top_k}: give 1 or more")
+
+
+def _next_logits(model: GPT, ids: Tensor, length: int, cache: Sequence[KeyValueCache]) -> Tensor:
+    """The logits (B, vocabulary) of what follows the last `length` ids of (B, T), float32 on the CPU.
+
+    Up to `length` ids only those are read that the cache does not have. Past it the window slides, which moves every
+    token to another position, and all of the window is read anew.
+    """
+    slides = ids.shape[1] > length
+    unread = ids[:, -length:] if slides else ids[:, cache[0].length :]
+    features = model.features(unread.to(model.wte.weight.device), cache=None if slides else cache)
+    return model.logits(features[:, -1])[:, :VOCAB_SIZE].float().cpu()
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gpt2_ddp.model.gpt import GPT, run_block
-from gpt2_ddp.model.kernels import autocast_dtype, chunk_loss_and_gradient, head_loss
+from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.model.head import chunk_loss_and_gradient, head_loss
+from gpt2_ddp.model.recomputation import run_block
+from gpt2_ddp.system.precision import matmul_dtype
 
 
 class CompiledGPT(nn.Module):
@@ -26,8 +28,8 @@ class CompiledGPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """The mean loss in nats of ids and targets (B, T), a float32 scalar."""
-        features = self.model.features(ids, self._run_block).flatten(0, 1)
+        features = self.model.features(ids, run=self._run_block).flatten(0, 1)
         # In float32 on a CPU the operations one by one are faster, since they turn the logits into their gradient.
-        in_place = features.device.type == "cpu" and autocast_dtype(features) == torch.float32
+        in_place = features.device.type == "cpu" and matmul_dtype(features) == torch.float32
         chosen = chunk_loss_and_gradient if in_place else self._loss_and_gradient
         return head_loss(features, self.model.wte.weight, targets.flatten(), loss_and_gradient=chosen)

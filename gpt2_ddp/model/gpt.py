@@ -7,14 +7,17 @@ Parameters carry the names of the original release: `wte`, `wpe`, `h.0.attn.c_at
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt2_ddp.model.kernels import causal_attention, gelu, head_loss, product, recomputed
+from gpt2_ddp.model.attention import KeyValueCache, causal_attention
+from gpt2_ddp.model.head import head_loss
+from gpt2_ddp.model.layers import GELU, LayerNorm
+from gpt2_ddp.model.recomputation import run_block
 from gpt2_ddp.model.vocabulary import PADDED_VOCAB_SIZE
 from gpt2_ddp.system.errors import UserError
 
@@ -69,76 +72,18 @@ def model_config(name: str, *, dropout: float = 0.0) -> GPTConfig:
     return replace(SIZES[name], dropout=dropout)
 
 
-class CausalSelfAttention(nn.Module):
-    attend = staticmethod(causal_attention)
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        """From what `c_attn` gives, (B, T, 3 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        heads = (batch, length, self.n_head, width // self.n_head)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in torch.split(qkv, width, dim=2))
-        dropout = self.dropout if self.training else 0.0
-        y = self.attend(q, k, v, dropout)
-        y = self.c_proj(y.transpose(1, 2).flatten(2))
-        return F.dropout(y, dropout)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """From what `c_fc` gives, (B, T, 4 n_embd), to what is added to the residual stream, (B, T, n_embd)."""
-        y = product(self.c_proj, gelu, hidden)
-        return F.dropout(y, self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """The outputs of norms and GELUs are computed again in the backward pass: they are cheap, and half of what would
-    have to be kept (`memory.training_memory` counts the rest)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(product(self.attn.c_attn, self.ln_1, x))
-        x = x + self.mlp(product(self.mlp.c_fc, self.ln_2, x))
-        return x
-
-
 RunBlock = Callable[..., Tensor]
 """`run_block`, or that compiled."""
 
 
-def run_block(block: Block, x: Tensor, *, again: bool, random: bool) -> Tensor:
-    """block(x), (B, T, n_embd) -> the same; with `again` all of it is computed again in the backward pass, which needs
-    `random` where it draws random numbers."""
-    return recomputed(block, x, random=random) if again else block(x)
-
-
 class GPT(nn.Module):
-    """The language model; its weights are undefined until `init_weights` or a load.
+    """The language model; its weights are undefined until `init_weights` or a load, and mere shapes on `meta`.
 
     With `activation_checkpointing` the backward pass is given nothing of a block but its input, and computes the block
-    again (Chen et al. 2016, arXiv:1604.06174) up to the input of its last matmul: two thirds of the forward pass's
-    weights, and attention, once more.
+    again: two thirds of the forward pass's weights, and attention, once more.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
@@ -147,7 +92,51 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
             self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
             self.ln_f = nn.LayerNorm(config.n_embd)
-        self.to_empty(device="cpu")
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) of ids (B, T) or, with targets (B, T), the mean loss in nats, a float32 scalar."""
+        features = self.features(ids)
+        if targets is None:
+            return self.logits(features)
+        return head_loss(features.flatten(0, 1), self.wte.weight, targets.flatten())
+
+    def features(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Sequence[KeyValueCache] | None = None,
+        run: RunBlock = run_block,
+    ) -> Tensor:
+        """What the head reads: ids (B, T) int64 -> (B, T, n_embd), after the last norm.
+
+        With a `cache` of each layer the ids go on from those that it has, and are added to it. `positions`, int64 and
+        broadcast to (B, T), are 0 to T - 1 or, with a cache, the next ones. Each position sees itself and those before
+        it or, with a boolean `mask` broadcast to (B, n_head, T, positions seen), what that says. `run` runs each block.
+
+        Raises:
+            UserError: where there would be more positions than `block_size`.
+        """
+        if positions is None:
+            start = cache[0].length if cache else 0
+            positions = self._positions(start, start + ids.shape[1])
+        x = F.dropout(self.wte(ids) + self.wpe(positions), self.config.dropout, self.training)
+        again, random = self.activation_checkpointing, self.config.dropout > 0
+        for layer, block in enumerate(self.h):
+            x = run(block, x, mask, cache[layer] if cache else None, again=again, random=random)
+        return self.ln_f(x)
+
+    def _positions(self, start: int, end: int) -> Tensor:
+        if end > self.config.block_size:
+            raise UserError(f"{end} tokens are more than the model's block_size {self.config.block_size}")
+        return torch.arange(start, end, device=self.wpe.weight.device)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(..., n_embd) -> (..., vocab_size), through the tied head."""
+        return F.linear(features, self.wte.weight)
 
     def init_weights(self, seed: int) -> GPT:
         """Draw the weights that training starts from, the same on every machine and rank.
@@ -168,28 +157,53 @@ class GPT(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
         return self
 
-    def features(self, ids: Tensor, run: RunBlock = run_block) -> Tensor:
-        """What the head reads: ids (B, T) int64 -> (B, T, n_embd), after the last norm. `run` runs each block.
 
-        Raises:
-            UserError: where T is more than `block_size`.
-        """
-        length = ids.shape[1]
-        if length > self.config.block_size:
-            raise UserError(f"{length} tokens are more than the model's block_size {self.config.block_size}")
-        positions = self.wpe(torch.arange(length, device=ids.device))
-        x = F.dropout(self.wte(ids) + positions, self.config.dropout, self.training)
-        for block in self.h:
-            x = run(block, x, again=self.activation_checkpointing, random=self.config.dropout > 0)
-        return self.ln_f(x)
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(..., n_embd) -> (..., vocab_size), through the tied head."""
-        return F.linear(features, self.wte.weight)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab_size) of ids (B, T) or, with targets (B, T), the mean loss in nats, a float32 scalar."""
-        features = self.features(ids)
-        if targets is None:
-            return self.logits(features)
-        return head_loss(features.flatten(0, 1), self.wte.weight, targets.flatten())
+
+class CausalSelfAttention(nn.Module):
+    attend = staticmethod(causal_attention)
+    """How attention is computed of q, k and v: `bench.ladder` puts other functions of this signature in its place."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, n_embd) -> the same; `mask` and `cache` as `GPT.features` has them."""
+        dropout = self.dropout if self.training else 0.0
+        heads = (*x.shape[:2], self.n_head, x.shape[2] // self.n_head)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(x.shape[2], dim=2))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = self.attend(q, k, v, mask=mask, dropout=dropout)
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
+        return F.dropout(y, dropout)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = GELU()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, n_embd) -> the same."""
+        y = self.c_proj(self.gelu(self.c_fc(x)))
+        return F.dropout(y, self.dropout, self.training)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt2_ddp.model.gpt import GPT, GPTConfig
+from gpt2_ddp.model.shapes import parameter_shapes
 from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
@@ -154,7 +155,7 @@ def _stored_config(directory: Path) -> GPTConfig:
 def _checked_files(directory: Path, stored: GPTConfig) -> set[Path]:
     """The safetensors files in which every weight of a GPT-2 of this shape is, and nothing else."""
     files = {name: path for path in _weight_files(directory) for name in _checked_names(path, stored)}
-    missing = [name for name in _shapes(stored) if name not in files]
+    missing = [name for name in parameter_shapes(stored) if name not in files]
     if missing:
         raise UserError(f"{directory} lacks {len(missing)} tensors, {missing[0]!r} among them")
     return set(files.values())
@@ -167,30 +168,9 @@ def _copy_weights(files: set[Path], model: GPT) -> None:
         parameters[name][: len(tensor)].copy_(tensor)
 
 
-def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a `GPT`, without making one."""
-    width = config.n_embd
-    linears = {
-        "attn.c_attn": (3 * width, width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (4 * width, width),
-        "mlp.c_proj": (width, 4 * width),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.vocab_size, width),
-        "wpe.weight": (config.block_size, width),
-    }
-    for layer in range(config.n_layer):
-        for norm in ("ln_1", "ln_2"):
-            shapes |= {f"h.{layer}.{norm}.{kind}": (width,) for kind in ("weight", "bias")}
-        for linear, (rows, columns) in linears.items():
-            shapes |= {f"h.{layer}.{linear}.weight": (rows, columns), f"h.{layer}.{linear}.bias": (rows,)}
-    return shapes | {"ln_f.weight": (width,), "ln_f.bias": (width,)}
-
-
 def _checked_names(path: Path, config: GPTConfig) -> list[str]:
     """Our names of the tensors in a file, each known and shaped as `config` says, judged by its header alone."""
-    expected = _shapes(config)
+    expected = parameter_shapes(config)
     names = []
     with _open(path) as file:
         for stored in file.keys():  # noqa: SIM118  not a mapping

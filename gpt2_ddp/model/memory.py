@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from gpt2_ddp.model.gpt import GPTConfig
-from gpt2_ddp.model.kernels import head_rows_for
+from gpt2_ddp.model.head import head_rows_for
+from gpt2_ddp.model.shapes import block_matrix_size, parameter_count
 
 USABLE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the memory found that is counted on; the rest is for the allocator, the loader and everybody else. On a CPU,
@@ -39,13 +40,6 @@ class TrainingMemory:
         return self.fixed + self.activations + self.passing
 
 
-def parameter_count(config: GPTConfig) -> int:
-    """Parameters, the tied head counted once (GPT-2's shapes; 124,475,904 for `gpt2` with its padding)."""
-    c = config.n_embd
-    per_block = 12 * c * c + 13 * c  # four matrices with biases, two norms
-    return (config.vocab_size + config.block_size) * c + config.n_layer * per_block + 2 * c
-
-
 def training_memory(
     config: GPTConfig,
     *,
@@ -62,14 +56,14 @@ def training_memory(
 
     DDP's buckets hold the gradients, and nothing else does. Counted are the tensors that autograd keeps: for each token
     and block, in units of n_embd, the inputs of the two norms in float32, q, k, v, what attention gives, and GELU's
-    input; the lowered copies of the matrices; and what `kernels.HeadLoss` holds: each token's features and their
+    input; the lowered copies of the matrices; and what `head.HeadLoss` holds: each token's features and their
     gradient (where matmuls have another dtype, also two copies in float32), a chunk's logits, their gradient in float32
     (not where the loss is compiled) and, where that is another dtype, in theirs; the head's own gradient and, in such a
     dtype, a chunk's part of it (on a CPU only a slice of that exists). In the backward pass of a block that is the
     head's gradient, those of GELU's output and input, and that of the residual stream; compiled, also the gradients of
     the block's weights, which it hands over all at once. With activation checkpointing each block keeps its input
-    alone, and the one whose backward pass it is all the others. The rows of the head's chunks follow from
-    `device_memory`, the bytes that the device has.
+    alone, and the one whose backward pass it is all the others, in eager mode also what its norms give. The rows of the
+    head's chunks follow from `device_memory`, the bytes that the device has.
     """
     count, width, tokens = parameter_count(config), dtype.itemsize, micro_batch_size * sequence_length
     mixed = dtype != torch.float32
@@ -82,14 +76,15 @@ def training_memory(
         head += width * matrix + 2 * 4 * tokens * config.n_embd + logits * (2 * width + (0 if compiled else 4))
     else:
         head += logits * (2 * 4 if compiled and device_type != "cpu" else 4)
-    backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + (block if activation_checkpointing else 0))
+    again = block + (0 if compiled else 2 * width) if activation_checkpointing else 0
+    backward = 4 * matrix + tokens * config.n_embd * (width * 2 * 4 + 4 + again)
     if compiled:
-        backward += 4 * 12 * config.n_embd**2
+        backward += 4 * block_matrix_size(config)
     return TrainingMemory(
         weights=4 * count,
         gradients=4 * count,
         moments=state_bytes_per_parameter * count,
-        lowered=width * (12 * config.n_layer * config.n_embd**2 + matrix) if mixed else 0,
+        lowered=width * (config.n_layer * block_matrix_size(config) + matrix) if mixed else 0,
         activations=tokens * config.n_layer * config.n_embd * (4 if activation_checkpointing else block),
         passing=max(head, backward),
     )

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from gpt2_ddp.build.making import make_reduction, wrapped_and_warm
 from gpt2_ddp.distributed.wrapping import release
 from gpt2_ddp.model.gpt import GPT, model_config
-from gpt2_ddp.model.kernels import head_loss
+from gpt2_ddp.model.head import head_loss
 from gpt2_ddp.run import Run
 from gpu.processes import isolated
 from gpu.runner import Report, SkippedPartError
@@ -48,13 +48,13 @@ def versions_and_attention(report: Report) -> None:
     report.add("order of attention back ends", [names.get(int(number), number) for number in priority])
     config = model_config(scene.model("gpt2"))
     attention = GPT(config).init_weights(0).h[0].attn.to(scene.device)
-    shape = (scene.size(16), scene.length, 3 * config.n_embd)
-    qkv = torch.randn(shape, device=scene.device, requires_grad=True)
+    shape = (scene.size(16), scene.length, config.n_embd)
+    x = torch.randn(shape, device=scene.device, requires_grad=True)
     autocast = torch.autocast(scene.device.type, getattr(torch, scene.half))
 
     def forward_and_backward() -> None:
         with autocast:
-            y = attention(qkv.to(getattr(torch, scene.half)))
+            y = attention(x.to(getattr(torch, scene.half)))
         y.float().sum().backward()
 
     forward_and_backward()  # what the first call sets up is not looked at

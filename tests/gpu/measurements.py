@@ -17,7 +17,7 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.hellaswag import Question, score
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.model.gpt import GPT, model_config
-from gpt2_ddp.model.kernels import head_loss
+from gpt2_ddp.model.head import head_loss
 from gpt2_ddp.model.memory import training_memory
 from gpt2_ddp.optim.optimizers import AdamW
 from gpt2_ddp.periodic import report_saves, save
