@@ -45,7 +45,8 @@ class HellaSwag(ModelChoice):
                     f"{result.cut} of {result.examples} examples are longer than {opened.sequence_length} tokens, and "
                     "were read without their beginning"
                 )
-            opened.write_json(self.json, {key: value for key, value in asdict(result).items() if key != "cut"})
+            numbers = {"protocol": result.protocol} | asdict(result)
+            opened.write_json(self.json, {key: value for key, value in numbers.items() if key != "cut"})
 
 
 def table(name: str, result: HellaSwagResult) -> str:

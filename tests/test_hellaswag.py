@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
-from gpt2_ddp.evaluation.hellaswag import Example, evaluate, predictions, read_examples, render, score
+from gpt2_ddp.evaluation.hellaswag import Example, evaluate, read_examples, render
+from gpt2_ddp.evaluation.multiple_choice import predictions, score
 from gpt2_ddp.model.gpt import GPT
 
 HERE = DistContext()

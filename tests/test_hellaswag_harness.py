@@ -14,7 +14,8 @@ from running import python, run
 
 from gpt2_ddp.data.tokenizer import load_tokenizer, tokenizer_files
 from gpt2_ddp.distributed.context import DistContext
-from gpt2_ddp.evaluation.hellaswag import evaluate, predictions, read_examples, render, score
+from gpt2_ddp.evaluation.hellaswag import evaluate, read_examples, render
+from gpt2_ddp.evaluation.multiple_choice import predictions, score
 from gpt2_ddp.model.huggingface import load_model
 
 TASK = """

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from gpt2_ddp.distributed.context import DistContext
-from gpt2_ddp.evaluation.hellaswag import Question, score
+from gpt2_ddp.evaluation.multiple_choice import Question, score
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig

@@ -14,7 +14,7 @@ from gpt2_ddp.bench.ladder import Shapes, ladder, measure
 from gpt2_ddp.build.micro_batch import require_fit
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed.context import DistContext
-from gpt2_ddp.evaluation.hellaswag import Question, score
+from gpt2_ddp.evaluation.multiple_choice import Question, score
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.head import head_loss
