@@ -19,7 +19,8 @@ from gpt2_ddp.system.cli import tell
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json, replace_file, require_writable
 from gpt2_ddp.system.hardware import found_hardware
-from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, measure_speed
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype
+from gpt2_ddp.system.speed import measure_speed
 
 
 @dataclass(frozen=True, kw_only=True)

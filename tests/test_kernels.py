@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2_ddp.model.attention import BLOCK_ROWS, causal_attention
+from gpt2_ddp.model.attention import causal_attention
+from gpt2_ddp.model.block_attention import BLOCK_ROWS
 from gpt2_ddp.model.head import CPU_HEAD_ROWS, PRODUCT_ROWS, add_product, head_loss, head_rows_for
 from gpt2_ddp.model.layers import GELU
 

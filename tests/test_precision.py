@@ -14,7 +14,8 @@ import torch
 from drivers import warm
 
 from gpt2_ddp.system.hardware import Hardware, found_hardware, peak_flops
-from gpt2_ddp.system.precision import COMPILE_FLOPS, MatmulSpeed, Precision, choose_compile, choose_dtype, measure_speed
+from gpt2_ddp.system.precision import COMPILE_FLOPS, Precision, choose_compile, choose_dtype
+from gpt2_ddp.system.speed import MatmulSpeed, measure_speed
 
 CPU = torch.device("cpu")
 MACHINES = {

@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation import inference
+from gpt2_ddp.evaluation.inference import attention_backends
 from gpt2_ddp.evaluation.multiple_choice import Question, score
 from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.huggingface import hf_config, to_hf
 from gpt2_ddp.model.vocabulary import EOT
-from gpt2_ddp.system import precision
-from gpt2_ddp.system.precision import attention_backends
 
 SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 
@@ -160,7 +160,7 @@ def test_outside_of_training_cudnn_computes_no_attention_on_a_gpu(monkeypatch: p
     assert on_gpu is not None
     assert {backend.name for backend in on_gpu} == {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"}
     assert attention_backends(torch.device("cpu")) is attention_backends(torch.device("mps")) is None
-    monkeypatch.setattr(precision, "attention_backends", lambda _: on_gpu)
+    monkeypatch.setattr(inference, "attention_backends", lambda _: on_gpu)
     attention, enabled = F.scaled_dot_product_attention, []
 
     def spy(*args: Any, **options: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.wrapping import grad_sync, wrap
-from gpt2_ddp.model.attention import BlockAttention
+from gpt2_ddp.model.block_attention import BlockAttention
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.vocabulary import VOCAB_SIZE
@@ -24,7 +24,8 @@ from gpt2_ddp.optim.updates import apply_update
 from gpt2_ddp.system.allocator import find_tcmalloc, keep_freed_memory
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.hardware import found_hardware, peak_flops
-from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype, measure_speed
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype
+from gpt2_ddp.system.speed import measure_speed
 
 LEARNING_RATE = 6e-4
 

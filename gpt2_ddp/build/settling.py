@@ -29,7 +29,8 @@ from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
-from gpt2_ddp.system.precision import Precision, choose_dtype, measure_speed
+from gpt2_ddp.system.precision import Precision, choose_dtype
+from gpt2_ddp.system.speed import measure_speed
 
 ENDING_SECONDS = 10.0
 """A trainer that is just ending, or notices that its torchrun is gone, needs a moment to leave the run directory."""

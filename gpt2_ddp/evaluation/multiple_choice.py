@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.precision import evaluating
 
 PADDING = -1
 BATCH_TOKENS = 4096

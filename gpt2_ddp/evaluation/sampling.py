@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.attention import KeyValueCache
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.vocabulary import EOT, VOCAB_SIZE
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.precision import evaluating
 
 PROMPT = "Language is"
 NEW_TOKENS, TOP_K = 48, 50

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gpt2_ddp.data.loader import ValidationData
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.gpt import GPT
-from gpt2_ddp.system.precision import evaluating
 
 
 def validation_loss(

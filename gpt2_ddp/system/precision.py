@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from gpt2_ddp.system.hardware import Hardware
+from gpt2_ddp.system.speed import MatmulSpeed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -20,50 +17,12 @@ BFLOAT16_GAIN = 1.1
 """How many times as fast as float32 a CPU has to multiply bfloat16 for `auto` to take it. Its casts make the rest of a
 step slower: in a profile of `gpt2-mini` (one core of an AMD EPYC with AVX2) matmuls and attention were 86% of a float32
 step, other operations 14%, and in bfloat16 as much as 22% of a float32 step, so that the two formats meet at 1.11."""
-MEASURED_ROWS, MEASURED_WIDTH = 256, 512
-"""Rows of the linear layer that is measured, and its width where the model's is not less."""
-MEASURED_SECONDS, MEASURED_ROUNDS = 0.04, 5
-"""Both formats are measured in turn until so much time and so many rounds are over: where the machine is busy, a single
-pass may take a hundred times as long as the next."""
 
 COMPILE_FLOPS = 4e13
 """Floating-point operations of a run from which it is compiled on a CPU: about six minutes on two cores of an AMD EPYC
 with AVX2, where two runs of `bench --auto` saw `gpt2-mini` begin 20 s later (7 s once the kernels were on the disk) and
 train 1.11 and 1.02 times as fast in float32. Not known elsewhere: where bfloat16 is fast, compiling gains more and a
 shorter run would earn it; where many cores do so much work in seconds, a longer one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatmulSpeed:
-    """FLOP/s of a linear layer's forward pass, by number format."""
-
-    float32: float
-    bfloat16: float
-
-
-def measure_speed(requested: str, hardware: Hardware, width: int) -> MatmulSpeed | None:
-    """What `choose_dtype` has to know of this machine; None where it does not ask for it.
-
-    This process, with its threads, multiplies (256, width) by (width, 4 width) in each format. The fastest pass counts,
-    since what else runs on the machine only makes a pass slower. No random number is drawn.
-    """
-    if requested != "auto" or hardware.device_type != "cpu":
-        return None
-    width = min(width, MEASURED_WIDTH)
-    x, weight = torch.ones(MEASURED_ROWS, width), torch.ones(4 * width, width)
-    fastest = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
-    layers = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in fastest}
-    for layer in layers.values():
-        torch.nn.functional.linear(*layer)  # the first pass also prepares the kernel
-    began, rounds = time.perf_counter(), 0
-    while rounds < MEASURED_ROUNDS or time.perf_counter() - began < MEASURED_SECONDS:
-        rounds += 1
-        for dtype, layer in layers.items():
-            start = time.perf_counter()
-            torch.nn.functional.linear(*layer)
-            fastest[dtype] = min(fastest[dtype], time.perf_counter() - start)
-    flops = 2 * MEASURED_ROWS * width * 4 * width
-    return MatmulSpeed(float32=flops / fastest[torch.float32], bfloat16=flops / fastest[torch.bfloat16])
 
 
 def choose_dtype(
@@ -143,28 +102,3 @@ def matmul_dtype(tensor: Tensor) -> torch.dtype:
 def allow_tf32() -> None:
     """Let float32 matmuls use TF32, as every trainer of the field does on Ampere and later."""
     torch.set_float32_matmul_precision("high")
-
-
-def attention_backends(device: torch.device) -> list[SDPBackend] | None:
-    """What attention outside of training may be computed by; None where PyTorch's own choice is right.
-
-    From torch 2.11 on PyTorch prefers cuDNN on Hopper and later, which plans anew for each shape it meets, and a sample
-    has another length at every token.
-    """
-    if device.type != "cuda":
-        return None
-    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The context of a model's forward passes outside of training: no dropout, no gradients, and shapes that change
-    from call to call. The model is left in the mode it was in."""
-    backends = attention_backends(next(model.parameters()).device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), nullcontext() if backends is None else sdpa_kernel(backends):
-            yield
-    finally:
-        model.train(training)

@@ -29,7 +29,7 @@ from gpt2_ddp.data.loader import StepBatch, TrainData
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.optim import updates
 from gpt2_ddp.run import Run
-from gpt2_ddp.system import precision
+from gpt2_ddp.system.speed import MatmulSpeed
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -263,9 +263,9 @@ def other_data(*, rank: int, data_dir: str) -> None:
 
 def matmuls(*, float32: Sequence[float], bfloat16: Sequence[float]) -> None:
     """This rank multiplies so fast, in FLOP/s by rank; what is asked of it is told on stderr."""
-    speed = precision.MatmulSpeed(float32=float32[RANK], bfloat16=bfloat16[RANK])
+    speed = MatmulSpeed(float32=float32[RANK], bfloat16=bfloat16[RANK])
 
-    def measure_speed(requested: str, *_: object) -> precision.MatmulSpeed | None:
+    def measure_speed(requested: str, *_: object) -> MatmulSpeed | None:
         sys.stderr.write(f"rank {RANK} is measured for {requested}\n")
         return speed if requested == "auto" else None
 
