@@ -8,8 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-build/lower_bounds}
 python=${PYTHON:-.venv/bin/python}
-tests=(tests/test_{tokenizer,shards,shards_fuzz,files,data,data_prep,data_prep_encoding,data_prep_formats,hub,config}.py
-  tests/test_{data_prep_input,hub_errors,advice,resume,checkpoint,untrusted,metrics,pretrained,memory,launch_plan}.py)
+tests=(tests/*/test_{tokenizer,shards,shards_fuzz,files,data,data_prep,data_prep_encoding,data_prep_formats,hub}.py
+  tests/*/test_{config,data_prep_input,hub_errors,advice,resume,checkpoint,untrusted,metrics,pretrained,memory}.py
+  tests/*/test_launch_plan.py)
 
 bounds=$("$python" - <<'PYTHON'
 import configparser

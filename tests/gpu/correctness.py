@@ -64,12 +64,12 @@ def versions_and_attention(report: Report) -> None:
 
 
 def cuda_tests(report: Report) -> None:
-    """tests/test_cuda.py: what a first user on this GPU would meet."""
+    """tests/end_to_end/test_cuda.py: what a first user on this GPU would meet."""
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         os.chdir(TESTS.parent)
         options = ["-q", "-rs", "-p", "no:cacheprovider", f"--rootdir={TESTS.parent}", f"--junitxml={junit}"]
-        pytest.main([*options, f"--basetemp={folder}/tests", str(TESTS / "test_cuda.py")])
+        pytest.main([*options, f"--basetemp={folder}/tests", str(TESTS / "end_to_end" / "test_cuda.py")])
         cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
     skipped = [case for case in cases if case.find("skipped") is not None]
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]

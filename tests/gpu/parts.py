@@ -22,7 +22,7 @@ __all__ = ["GPUS", "PARTS", "warm_up_wiring"]
 shared_vocabulary()
 WORK = (
     ("versions and attention", correctness.versions_and_attention),
-    ("tests/test_cuda.py", correctness.cuda_tests),
+    ("tests/end_to_end/test_cuda.py", correctness.cuda_tests),
     ("compilations after the warm-up", correctness.recompilations),
     ("waiting for the device in a step", correctness.waiting),
     ("steady state", measurements.steady_state),

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.system import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 GPT3 = {
     "beta1": 0.9,
     "beta2": 0.95,

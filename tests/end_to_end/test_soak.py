@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from running import run
+from running import ROOT, run
 
-SOAK = Path(__file__).with_name("soak.py")
+SOAK = ROOT / "tests" / "soak.py"
 
 
 def test_a_run_that_everything_happens_to_ends_as_the_undisturbed_one() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from drivers import warm
 from recomputed import OTHERWISE, PLAIN, assert_near, recompute
-from running import checkpoint, metrics
+from running import ROOT, checkpoint, metrics
 from safetensors.torch import load_file
 
 from gpt2_ddp.config import TrainConfig, flag
@@ -106,7 +106,8 @@ def test_every_flag_has_a_test_that_sees_what_it_does() -> None:
     assert SEEN_BY.keys() == {field.name for field in fields(TrainConfig)}
     for name, place in SEEN_BY.items():
         file, _, function = place.partition("::")
-        text = (Path(__file__).parent / file).read_text()
+        [path] = (ROOT / "tests").rglob(file)
+        text = path.read_text()
         assert function in {part.name for part in ast.parse(text).body if isinstance(part, ast.FunctionDef)}, place
         given = place == RECOMPUTED or flag(name) in text or f'"{flag(name)[2:].removesuffix("-every")}"' in text
         assert given or name in ("data_dir", "out_dir", "device"), f"{flag(name)} is not in {file}"

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from running import ROOT
 
 from gpt2_ddp.system.allocator import find_tcmalloc
 from launch.torchrun import exit_status
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TOY = """
 import os, signal, sys, time

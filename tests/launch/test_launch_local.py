@@ -10,13 +10,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.system import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
     "--model",
     "gpt2-nano",

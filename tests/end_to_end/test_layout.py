@@ -14,7 +14,7 @@ import pytest
 from architecture import FLOOR, PATH_LIMIT, SOURCES, code_lines, imported, path_to_a_checkpoint, reached, room
 from running import ROOT, environment
 
-ALL_FILES = [*SOURCES.values(), *sorted((ROOT / "tests").glob("*.py")), *sorted(ROOT.glob("*.py"))]
+ALL_FILES = [*SOURCES.values(), *sorted((ROOT / "tests").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
 
 def test_every_room_is_there_and_has_its_floor() -> None:
