@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,11 +19,10 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import DDPReduction, GradientReduction, TreeReduction
 from gpt2_ddp.distributed.wrapping import release, wrap
 from gpt2_ddp.model.gpt import GPT, model_config
-from gpt2_ddp.model.huggingface import find_model, load_model
+from gpt2_ddp.model.huggingface import load_model
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount, zero_gradients
 from gpt2_ddp.system.allocator import keep_freed_memory
-from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import Precision, allow_tf32
 
 
@@ -41,12 +41,12 @@ def make(settled: Settled, context: DistContext, held: ExitStack) -> Made:
     """Make model, optimizer and state, alike on every rank; `held` takes DDP apart. Collective.
 
     Raises:
-        UserError: where the weights to begin with are not of this model, or a checkpoint is not of this run's parts.
+        UserError: where a checkpoint is not of this run's parts.
         OneRankError: where a micro-batch does not fit into a GPU's memory. (A compiler that fails is told, and left.)
     """
     config, plan, precision = settled.config, settled.plan, settled.precision
     allow_tf32()
-    model, optimizer = start_model(config, context, settled.found)
+    model, optimizer = start_model(config, context, settled.found, settled.weights)
     state = TrainState(
         skips=SkipCount(context.device),
         guard=SpikeGuard(config.spike_guard, config.spike_limit),
@@ -66,33 +66,31 @@ def make(settled: Settled, context: DistContext, held: ExitStack) -> Made:
     )
 
 
-def start_model(config: TrainConfig, context: DistContext, found: Found) -> tuple[GPT, torch.optim.Optimizer]:
+def start_model(
+    config: TrainConfig, context: DistContext, found: Found, weights: Path | None = None
+) -> tuple[GPT, torch.optim.Optimizer]:
     """The raw model and an optimizer over it, with the weights of a new run, the same on every rank; where a checkpoint
     was found they are undefined until it is restored.
     """
     if context.device.type == "cpu":
         keep_freed_memory()
-    model = context.run_on_all(lambda: start_weights(config, found, context))
+    model = context.run_on_all(lambda: start_weights(config, found, weights, context))
     if found.path is None:
         context.broadcast_tensors(dict(model.named_parameters()))
     model.activation_checkpointing = config.activation_checkpointing
     return model, optimizer_rule(config).make(model, context.device)
 
 
-def start_weights(config: TrainConfig, found: Found, context: DistContext) -> GPT:
-    """The model on its device, with the weights of a new run on rank 0; elsewhere they are undefined, and read from no
-    disk, and so they are where a checkpoint was found.
+def start_weights(config: TrainConfig, found: Found, weights: Path | None, context: DistContext) -> GPT:
+    """The model on its device, with the weights of a new run on rank 0, drawn or those of the directory `weights`;
+    elsewhere they are undefined, and read from no disk, and so they are where a checkpoint was found.
     """
-    model = GPT(model_config(config.model, dropout=config.dropout))
+    shape = model_config(config.model, dropout=config.dropout)
     if found.path or not context.is_main:
-        return model.to_empty(device=context.device)
-    if config.init_from is None:
-        return model.init_weights(config.seed).to(context.device)
-    source = find_model(config.init_from)
-    loaded = load_model(source, vocab_size=model.config.vocab_size, dropout=config.dropout)
-    if loaded.config != model.config:
-        raise UserError(f"{source} is no {config.model}: it has {loaded.config}")
-    return loaded.to(context.device)
+        return GPT(shape, device=context.device)
+    if weights is None:
+        return GPT(shape).init_weights(config.seed).to(context.device)
+    return load_model(weights, vocab_size=shape.vocab_size, dropout=shape.dropout).to(context.device)
 
 
 def wrapped_and_warm(model: nn.Module, context: DistContext, plan: BatchPlan, precision: Precision) -> nn.Module:

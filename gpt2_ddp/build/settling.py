@@ -25,6 +25,7 @@ from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, 
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.model.gpt import model_config
+from gpt2_ddp.model.huggingface import find_model, loadable_config
 from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
@@ -57,6 +58,8 @@ class Settled:
     plan: BatchPlan
     sources: Sources
     found: Found
+    weights: Path | None
+    """Where --init-from lies on rank 0's disk, for a run that begins with it."""
     boards: list[Aside]
     numerics: dict[str, object] | None
     said: list[str]
@@ -80,6 +83,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
     plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
     sources = share_sources(config, context, plan)
     found = context.run_on_main(lambda: find_start(config, sources.fingerprint, held))
+    weights = context.run_on_main(lambda: find_weights(config, found))
     boards = context.run_on_all(lambda: open_boards(config, context, found.state.get("step", 0)))
     return Settled(
         config=config,
@@ -89,6 +93,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
         plan=plan,
         sources=sources,
         found=found,
+        weights=weights,
         boards=boards,
         numerics=choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None,
         said=[*found.said, *said_of_validation, *said_of_dtype],
@@ -167,6 +172,21 @@ def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> F
     if found.path is None:
         require_room(config)
     return found
+
+
+def find_weights(config: TrainConfig, found: Found) -> Path | None:
+    """Where the weights of `--init-from` lie on rank 0's disk, if the run begins with them.
+
+    Raises:
+        UserError: where they are not there, or of another model.
+    """
+    if found.path is not None or config.init_from is None:
+        return None
+    wanted, source = model_config(config.model, dropout=config.dropout), find_model(config.init_from)
+    there = loadable_config(source, vocab_size=wanted.vocab_size, dropout=config.dropout)
+    if there != wanted:
+        raise UserError(f"{source} is no {config.model}: it has {there}")
+    return source
 
 
 def hold_directory(out_dir: Path, held: ExitStack) -> None:

@@ -117,19 +117,29 @@ def load_model(directory: Path, *, vocab_size: int | None = None, dropout: float
     Raises:
         UserError: where the directory has no GPT-2 in safetensors, or a tensor is missing, unknown or misshapen.
     """
+    config = loadable_config(directory, vocab_size=vocab_size, dropout=dropout)
     stored = _stored_config(directory)
-    config = replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout)
-    if config.vocab_size < stored.vocab_size:
-        raise UserError(f"{directory} has {stored.vocab_size} token embeddings, more than {config.vocab_size}")
-    files = _checked_files(directory, stored)
     model = GPT(config)
-    _copy_weights(files, model)
+    _copy_weights(_checked_files(directory, stored), model)
     with torch.no_grad():
         # Not zeros: GPT-2's logits lie between about -30 and -100, so that a row whose logit is 0 would take all the
         # probability. The mean row's logit is the mean logit. float64, so that the number of threads cannot show.
         wte = model.wte.weight
         wte[stored.vocab_size :] = wte[: stored.vocab_size].mean(0, dtype=torch.float64).float()
     return model
+
+
+def loadable_config(directory: Path, *, vocab_size: int | None = None, dropout: float = 0.0) -> GPTConfig:
+    """The shape of what `load_model` would load, the files checked by their headers alone.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    stored = _stored_config(directory)
+    if vocab_size is not None and vocab_size < stored.vocab_size:
+        raise UserError(f"{directory} has {stored.vocab_size} token embeddings, more than {vocab_size}")
+    _checked_files(directory, stored)
+    return replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout)
 
 
 def load_weights(directory: Path, model: GPT) -> None:
