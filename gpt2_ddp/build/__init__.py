@@ -19,8 +19,6 @@ def build_run(config: TrainConfig, context: DistContext, stop: StopRequest, held
     Raises:
         UserError: for the user's mistakes, with the same outcome on every rank.
     """
-    settled = settle(
-        config, context, held
-    )  # the user's mistakes: flags, data, weights, the old run, the disk
+    settled = settle(config, context, held)  # the user's mistakes: flags, data, weights, the old run, the disk
     made = make(settled, context, held)  # a GPU's memory, a checkpoint of other parts; a compiler, which is left out
     return open_run(settled, made, context, stop)  # the disk that takes the log
