@@ -116,10 +116,10 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             event = json_object(line)
-        except UserError:
+        except UserError as error:
             if number == len(lines):  # torn: every whole line ends in a newline
                 return
-            raise UserError(f"{path}, line {number}: not JSON") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
         step = event.get("step")
         if not isinstance(step, int) or not 0 <= step < LARGEST or "event" not in event:
             raise UserError(f"{path}, line {number}: not an object with an event and a step")

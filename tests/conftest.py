@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 from running import train, write_shards
+
+
+def pytest_configure() -> None:
+    """The tests' processes hear what they are sent, also where the suite itself was started under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import writer
 from gpt2_ddp.checkpoint.state import weights_and_moments
 from gpt2_ddp.data.loader import StepBatch, TrainData
-from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.optim import updates
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.speed import MatmulSpeed
@@ -81,7 +80,7 @@ def hold(*, where: str, step: int, rank: int = 0) -> None:
         return
     original = train.evaluate
 
-    def evaluate(run: Run, evaluations: Iterable[Evaluation]) -> None:
+    def evaluate(run: Run, evaluations: Any) -> None:
         if run.state.step == step:
             wait_to_go(run, "held")
         original(run, evaluations)

@@ -120,7 +120,7 @@ def test_a_torn_last_line_is_forgiven_and_a_torn_middle_is_not(tmp_path: Path) -
     [
         ("", "nothing to plot yet"),
         ('{"event": "start", "step": 0}\n', "nothing to plot yet"),
-        ("[1]\n", "line 1: not an object with an event and a step"),
+        ("[1]\n", "line 1: not a JSON object"),
         ('{"event": "train", "step": "two"}\n', "line 1: not an object with an event and a step"),
         ('{"event": "train", "step": -1, "loss": 2}\n', "line 1: not an object with an event and a step"),
         ("[" * 100_000 + "\n", "line 1: not JSON"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -269,7 +268,7 @@ def speed_ladder(report: Report) -> None:
 
 def largest_model(report: Report) -> None:
     """1558M: `--shard` where it is built; else whether one GPU holds it, and its speed with what is there."""
-    built = "shard" in inspect.signature(TrainConfig).parameters
+    built = hasattr(TrainConfig, "shard")
     report.add("--shard", "built: measure it by hand" if built else "not built yet")
 
     def fits() -> str:

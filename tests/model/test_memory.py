@@ -173,6 +173,7 @@ def test_the_sum_is_that_of_activation_checkpointing_in_eager_mode() -> None:
         sequence_length=footprint.LENGTH,
         dtype=torch.float32,
         device_type="cpu",
+        state_bytes_per_parameter=AdamW.state_bytes,
         activation_checkpointing=True,
     )
     assert reckoned.total == pytest.approx(found, rel=0.06)
@@ -264,9 +265,8 @@ def test_what_is_added_to_the_heads_gradient_never_exists_whole() -> None:
 
 def test_a_training_process_holds_no_more_than_is_allowed_for() -> None:
     command, env = [sys.executable, "-m", "drivers.footprint"], environment({"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
-    started = [
-        subprocess.Popen([*command, dtype], env=env, stdout=subprocess.PIPE) for dtype in ("float32", "bfloat16")
-    ]
+    dtypes = ("float32", "bfloat16") if found_hardware(torch.device("cpu")).cpu_bf16 else ("float32",)  # else minutes
+    started = [subprocess.Popen([*command, dtype], env=env, stdout=subprocess.PIPE) for dtype in dtypes]
     shares = [float(process.communicate()[0]) for process in started]
     assert all(USABLE["cpu"] < share < 1.1 for share in shares), shares
 
