@@ -32,7 +32,7 @@ class Settings:
     val_fraction: float | None
 
     def __post_init__(self) -> None:
-        """Raise a ValueError for values that cannot be."""
+        """Raise a UserError for values that cannot be."""
         if not 1 <= self.shard_tokens <= MOST_SHARD_TOKENS:
             raise UserError(f"--shard-tokens is {self.shard_tokens}, should be between 1 and {MOST_SHARD_TOKENS}")
         if self.val_tokens is not None and self.val_fraction is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -38,6 +39,8 @@ CARDS = tuple(
     for name, size, capability in (("T4", 16, (7, 5)), ("A100", 40, (8, 0)), ("A100", 80, (8, 0)), ("H100", 80, (9, 0)))
 )
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+RECKON = partial(training_memory, device_type="cuda", state_bytes_per_parameter=AdamW.state_bytes, compiled=True)
+"""What training takes on a GPU, compiled, with AdamW."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PAGE = """\
 # GPUs, on paper
@@ -113,15 +116,8 @@ def by_micro_batch(config: GPTConfig, length: int) -> list[str]:
 
 def on_gpu(config: GPTConfig, size: int, length: int) -> TrainingMemory:
     """What a micro-batch of `size` sequences needs with matmuls in two bytes."""
-    return training_memory(
-        config,
-        micro_batch_size=size,
-        sequence_length=length,
-        dtype=torch.float16,
-        device_type="cuda",
-        state_bytes_per_parameter=AdamW.state_bytes,
-        device_memory=LARGE_MEMORY,
-        compiled=True,
+    return RECKON(
+        config, micro_batch_size=size, sequence_length=length, dtype=torch.float16, device_memory=LARGE_MEMORY
     )
 
 
@@ -135,14 +131,15 @@ def card_row(card: Card, length: int) -> list[str]:
                 filter(
                     fits_into(
                         card.memory,
-                        SIZES[name],
-                        sequence_length=length,
-                        dtype=card.dtype,
-                        device_type="cuda",
-                        state_bytes_per_parameter=AdamW.state_bytes,
-                        device_memory=card.memory,
-                        compiled=True,
-                        activation_checkpointing=again,
+                        "cuda",
+                        partial(
+                            RECKON,
+                            SIZES[name],
+                            sequence_length=length,
+                            dtype=card.dtype,
+                            device_memory=card.memory,
+                            activation_checkpointing=again,
+                        ),
                     ),
                     MICRO_BATCHES,
                 ),

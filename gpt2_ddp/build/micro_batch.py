@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
 
-from gpt2_ddp.build.compiling import compiles, warm_up
+from gpt2_ddp.build.compiling import warm_up
 from gpt2_ddp.build.resume import saved_micro_batch
 from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.config import TrainConfig
@@ -20,12 +21,11 @@ from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
 from gpt2_ddp.optim.optimizers import OptimizerRule
 from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.hardware import Hardware
 from gpt2_ddp.system.precision import Precision
 
 
 def settle_micro_batch(
-    config: TrainConfig, context: DistContext, precision: Precision, hardware: Hardware
+    config: TrainConfig, context: DistContext, precision: Precision, *, compiled: bool
 ) -> TrainConfig:
     """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
     rule = optimizer_rule(config)
@@ -43,7 +43,7 @@ def settle_micro_batch(
             rule,
             sequences_per_step=config.total_batch_size // config.sequence_length,
             sequence_length=config.sequence_length,
-            compiled=compiles(config, hardware),
+            compiled=compiled,
             activation_checkpointing=config.activation_checkpointing,
         ),
     )
@@ -94,8 +94,8 @@ def choose_micro_batch(
     """
     candidates = micro_batches(sequences_per_step, context.world_size)
     free, device_memory = find_memory(context)
-    fits = fits_into(
-        free,
+    reckon = partial(
+        training_memory,
         config,
         sequence_length=sequence_length,
         dtype=precision.dtype,
@@ -105,7 +105,7 @@ def choose_micro_batch(
         compiled=compiled,
         activation_checkpointing=activation_checkpointing,
     )
-    size = largest_fitting(candidates, fits, context)
+    size = largest_fitting(candidates, fits_into(free, precision.device_type, reckon), context)
     if context.device.type == "cuda":
         trial = Trial(
             config,

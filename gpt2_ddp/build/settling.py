@@ -70,32 +70,36 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
 
     Raises:
         UserError: with the same outcome on every rank, for flags that do not fit the machine, the data, the run that is
-            there, or each other; for data that are missing or broken; for a directory that another trainer uses, a disk
-            without room, a board that does not answer.
+            there, or each other; for data or weights that are missing or broken; for a directory that another trainer
+            uses, a disk without room, a board that does not answer.
     """
     hardware = found_hardware(context.device)
     dtype, said_of_dtype = settle_dtype(config, context, hardware)
     precision = Precision.of(dtype, context.device)
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
-    config = settle_micro_batch(config, context, precision, hardware)
+    compiled = compiles(config, hardware)
+    config = settle_micro_batch(config, context, precision, compiled=compiled)
     config, said_of_validation = settle_validation(config, context)
     plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
     sources = share_sources(config, context, plan)
     found = context.run_on_main(lambda: find_start(config, sources.fingerprint, held))
     weights = context.run_on_main(lambda: find_weights(config, found))
     boards = context.run_on_all(lambda: open_boards(config, context, found.state.get("step", 0)))
+    numerics = bits_depend_on(config, plan, hardware, dtype, compiled=compiled) if config.reproducible else None
+    if numerics is not None:
+        require_numerics(numerics, context, plan, found)
     return Settled(
         config=config,
         hardware=hardware,
         precision=precision,
-        compiled=compiles(config, hardware),
+        compiled=compiled,
         plan=plan,
         sources=sources,
         found=found,
         weights=weights,
         boards=boards,
-        numerics=choose_numerics(config, context, plan, hardware, dtype, found) if config.reproducible else None,
+        numerics=numerics,
         said=[*found.said, *said_of_validation, *said_of_dtype],
     )
 
@@ -231,28 +235,26 @@ def open_boards(config: TrainConfig, context: DistContext, step: int) -> list[As
     return boards
 
 
-def choose_numerics(
-    config: TrainConfig,
-    context: DistContext,
-    plan: BatchPlan,
-    hardware: Hardware,
-    dtype: torch.dtype,
-    found: Found,
+def bits_depend_on(
+    config: TrainConfig, plan: BatchPlan, hardware: Hardware, dtype: torch.dtype, *, compiled: bool
 ) -> dict[str, object]:
-    """What bits depend on beside the configuration, checked against every rank and the resumed run.
-
-    Raises:
-        UserError: where it differs, or the micro-batches and ranks make no full binary tree.
-    """
-    numerics: dict[str, object] = {
+    """What bits depend on beside the flags that must not change within a run, as a checkpoint tells it."""
+    return {
         "device": hardware.name,
         "dtype": str(dtype),
-        "compile": compiles(config, hardware),
+        "compile": compiled,
         "torch": torch.__version__,
         "micro_batch_size": plan.micro_batch_size,
         "activation_checkpointing": config.activation_checkpointing,
     }
+
+
+def require_numerics(numerics: dict[str, object], context: DistContext, plan: BatchPlan, found: Found) -> None:
+    """Check what bits depend on against every rank and the resumed run; collective.
+
+    Raises:
+        UserError: where it differs, or the micro-batches and ranks make no full binary tree.
+    """
     saved = (found.state.get("numerics") or {}) if found.path else None
     require_same_numerics(context.gather(numerics), saved)
     require_tree(plan.grad_accum_steps * context.world_size, context.world_size)
-    return numerics

@@ -55,7 +55,7 @@ class Windows:
 
 
 def require_one_step(windows: Windows, plan: BatchPlan) -> None:
-    """Raise a ValueError where the data has fewer windows than one step consumes, with flags that it is enough for."""
+    """Raise a UserError where the data has fewer windows than one step consumes, with flags that it is enough for."""
     if len(windows) < plan.sequences_per_step:
         ranks, most = plan.world_size, max(plan.world_size, len(windows))
         length = plan.sequence_length if most == len(windows) else (max(s.tokens for s in windows.shards) - 1) // ranks

@@ -117,10 +117,9 @@ def load_model(directory: Path, *, vocab_size: int | None = None, dropout: float
     Raises:
         UserError: where the directory has no GPT-2 in safetensors, or a tensor is missing, unknown or misshapen.
     """
-    config = loadable_config(directory, vocab_size=vocab_size, dropout=dropout)
-    stored = _stored_config(directory)
-    model = GPT(config)
-    _copy_weights(_checked_files(directory, stored), model)
+    stored, files = _loadable(directory, vocab_size)
+    model = GPT(replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout))
+    _copy_weights(files, model)
     with torch.no_grad():
         # Not zeros: GPT-2's logits lie between about -30 and -100, so that a row whose logit is 0 would take all the
         # probability. The mean row's logit is the mean logit. float64, so that the number of threads cannot show.
@@ -135,11 +134,16 @@ def loadable_config(directory: Path, *, vocab_size: int | None = None, dropout: 
     Raises:
         UserError: as `load_model`.
     """
+    stored, _ = _loadable(directory, vocab_size)
+    return replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout)
+
+
+def _loadable(directory: Path, vocab_size: int | None) -> tuple[GPTConfig, set[Path]]:
+    """The shape that is stored, and the files with its weights."""
     stored = _stored_config(directory)
     if vocab_size is not None and vocab_size < stored.vocab_size:
         raise UserError(f"{directory} has {stored.vocab_size} token embeddings, more than {vocab_size}")
-    _checked_files(directory, stored)
-    return replace(stored, vocab_size=vocab_size or stored.vocab_size, dropout=dropout)
+    return stored, _checked_files(directory, stored)
 
 
 def load_weights(directory: Path, model: GPT) -> None:

@@ -94,32 +94,7 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def fits_into(
-    memory: int,
-    config: GPTConfig,
-    *,
-    sequence_length: int,
-    dtype: torch.dtype,
-    device_type: str,
-    state_bytes_per_parameter: int,
-    device_memory: int = 0,
-    compiled: bool = False,
-    activation_checkpointing: bool = False,
-) -> Callable[[int], bool]:
-    """Whether a micro-batch fits into the usable part of `memory` bytes, by `training_memory`."""
-
-    def fits(size: int) -> bool:
-        needed = training_memory(
-            config,
-            micro_batch_size=size,
-            sequence_length=sequence_length,
-            dtype=dtype,
-            device_type=device_type,
-            state_bytes_per_parameter=state_bytes_per_parameter,
-            device_memory=device_memory,
-            compiled=compiled,
-            activation_checkpointing=activation_checkpointing,
-        )
-        return needed.total < USABLE.get(device_type, USABLE["cpu"]) * memory
-
-    return fits
+def fits_into(memory: int, device_type: str, reckon: Callable[..., TrainingMemory]) -> Callable[[int], bool]:
+    """Whether a micro-batch fits into the usable part of `memory` bytes, by `reckon`: `training_memory` but for it."""
+    usable = USABLE.get(device_type, USABLE["cpu"]) * memory
+    return lambda size: reckon(micro_batch_size=size).total < usable

@@ -154,7 +154,7 @@ def test_kernels_are_deterministic_before_a_micro_batch_is_tried_out(
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     found: list[tuple[bool, str | None]] = []
 
-    def settle(*_: object) -> NoReturn:
+    def settle(*_: object, **__: object) -> NoReturn:
         found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         raise ValueError("enough")
 

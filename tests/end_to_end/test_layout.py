@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from architecture import FLOOR, PATH_LIMIT, SOURCES, code_lines, imported, path_to_a_checkpoint, reached, room
+from architecture import BESIDE, FLOOR, PATH_LIMIT, SOURCES, code_lines, imported, path_to_a_checkpoint, reached, room
 from running import ROOT, environment
 
 ALL_FILES = [*SOURCES.values(), *sorted((ROOT / "tests").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
@@ -43,6 +43,7 @@ def test_imports_point_down(module: str) -> None:
 
 def test_the_path_from_flags_to_a_checkpoint_is_short() -> None:
     assert sum(map(code_lines, path_to_a_checkpoint())) < PATH_LIMIT
+    assert {f"gpt2_ddp.{name}" for name in BESIDE} <= reached("gpt2_ddp.train") | {"gpt2_ddp.evaluation"}
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import running
@@ -41,7 +42,9 @@ from gpt2_ddp.system.precision import Precision
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
 
 
-def reckon(config: GPTConfig, size: int, length: int, dtype: torch.dtype, device_type: str = "cpu") -> TrainingMemory:
+def reckon(
+    config: GPTConfig, size: int, length: int, dtype: torch.dtype, device_type: str = "cpu", **more: Any
+) -> TrainingMemory:
     return training_memory(
         config,
         micro_batch_size=size,
@@ -49,6 +52,7 @@ def reckon(config: GPTConfig, size: int, length: int, dtype: torch.dtype, device
         dtype=dtype,
         device_type=device_type,
         state_bytes_per_parameter=AdamW.state_bytes,
+        **more,
     )
 
 
@@ -167,15 +171,7 @@ def test_the_sum_is_what_pytorch_has_given_out_at_the_peak(dtype: torch.dtype, v
 def test_the_sum_is_that_of_activation_checkpointing_in_eager_mode() -> None:
     config, batch = replace(footprint.CONFIG, vocab_size=512), 12
     found = peak(lambda: footprint.train(config, torch.float32, batch, checkpointing=True))
-    reckoned = training_memory(
-        config,
-        micro_batch_size=batch,
-        sequence_length=footprint.LENGTH,
-        dtype=torch.float32,
-        device_type="cpu",
-        state_bytes_per_parameter=AdamW.state_bytes,
-        activation_checkpointing=True,
-    )
+    reckoned = reckon(config, batch, footprint.LENGTH, torch.float32, activation_checkpointing=True)
     assert reckoned.total == pytest.approx(found, rel=0.06)
 
 
@@ -188,15 +184,8 @@ def test_the_sum_is_that_of_blocks_compiled_one_by_one_under_ddp(checkpointing: 
         found = peak(
             lambda: footprint.train(config, torch.float32, batch, compiled=True, ddp=True, checkpointing=checkpointing)
         )
-    reckoned = training_memory(
-        config,
-        micro_batch_size=batch,
-        sequence_length=footprint.LENGTH,
-        dtype=torch.float32,
-        device_type="cpu",
-        state_bytes_per_parameter=AdamW.state_bytes,
-        compiled=True,
-        activation_checkpointing=checkpointing,
+    reckoned = reckon(
+        config, batch, footprint.LENGTH, torch.float32, compiled=True, activation_checkpointing=checkpointing
     )
     assert reckoned.total == pytest.approx(found, rel=0.06)
 
