@@ -19,7 +19,7 @@ pass may take a hundred times as long as the next."""
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulSpeed:
-    """FLOP/s of a linear layer's forward pass, by number format."""
+    """FLOP/s of a linear layer's forward pass on one thread, by number format."""
 
     float32: float
     bfloat16: float
@@ -28,12 +28,21 @@ class MatmulSpeed:
 def measure_speed(requested: str, hardware: Hardware, width: int) -> MatmulSpeed | None:
     """What `choose_dtype` has to know of this machine; None where it does not ask for it.
 
-    This process, with its threads, multiplies (256, width) by (width, 4 width) in each format. The fastest pass counts,
-    since what else runs on the machine only makes a pass slower. No random number is drawn.
+    One thread multiplies (256, width) by (width, 4 width) in each format. The fastest pass counts, since what else runs
+    on the machine only makes a pass slower; several threads wait for each other in every pass, and where others keep
+    the cores busy not one is fast. No random number is drawn.
     """
     if requested != "auto" or hardware.device_type != "cpu":
         return None
-    width = min(width, MEASURED_WIDTH)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measured(min(width, MEASURED_WIDTH))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(width: int) -> MatmulSpeed:
     x, weight = torch.ones(MEASURED_ROWS, width), torch.ones(4 * width, width)
     fastest = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     layers = {dtype: (x.to(dtype), weight.to(dtype)) for dtype in fastest}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import pytest
 from running import run
+
+from gpt2_ddp.system.errors import UserError, user_error
 
 FAILING = """
 import errno
@@ -45,6 +48,12 @@ def test_a_fault_of_the_program_keeps_its_traceback(fault: str) -> None:
     done = run([sys.executable, "-c", FAILING.format(fault=fault)])
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last):\n")
+
+
+def test_what_a_thread_or_a_worker_meets_is_told_apart_in_the_same_way() -> None:
+    assert user_error(UserError("two\nlines")) == "two lines"
+    assert user_error(ValueError("a bug")) is None
+    assert user_error(OSError(errno.EIO, "disk")) is None
 
 
 def test_with_a_variable_the_users_mistakes_keep_theirs_too() -> None:

@@ -96,6 +96,21 @@ def test_passes_that_something_else_interrupts_do_not_decide(monkeypatch: pytest
     assert choose_dtype("auto", here, speed)[0] == torch.float32
 
 
+def test_one_thread_is_measured_whatever_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two busy cores two threads were seen at a hundredth of their speed, at which emulated bfloat16 looks fast."""
+    linear, seen = torch.nn.functional.linear, set[int]()
+    monkeypatch.setattr(
+        "torch.nn.functional.linear", lambda *layer: (seen.add(torch.get_num_threads()), linear(*layer))
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        measure_speed("auto", found_hardware(CPU), 16)
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_only_auto_on_a_cpu_is_measured() -> None:
     assert measure_speed("float32", MACHINES["new CPU"], 64) is None
     assert measure_speed("auto", MACHINES["A100"], 64) is None
