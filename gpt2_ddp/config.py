@@ -18,7 +18,7 @@ class TrainConfig:
     """Train a GPT-2. The same command runs on one process or, under torchrun, on many."""
 
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "gpt2"
-    """Size of the model: 124M, 350M, 774M and 1558M parameters, and two small ones."""
+    """Size of the model: 124M, 350M, 774M and 1558M parameters, and three small ones."""
     init_from: str | None = None
     """Start from these weights: a run, a checkpoint, a Hugging Face GPT-2 directory, or a published GPT-2's name."""
     data_dir: Path = Path("data/demo")
@@ -43,10 +43,22 @@ class TrainConfig:
     max_lr: float = 6e-4
     """Learning rate after the warm-up."""
     min_lr: float | None = None
-    """Learning rate that the cosine ends at; a tenth of --max-lr if not given."""
+    """Learning rate at the last step; if not given, a tenth of --max-lr for cosine, 0 for the others."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """The way from --max-lr to --min-lr: half a cosine, a line, or (wsd) none until the last steps and a line there."""
+    cooldown_fraction: float = 0.4
+    """Of all steps, those of wsd's line. A finished wsd run goes on from before it when --max-steps is raised."""
 
-    optimizer: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for everything else."""
+    muon_lr: float = 1.8e-3
+    """Muon's own --max-lr, in AdamW's units; the schedule is one."""
+    muon_momentum: float = 0.95
+    """Muon's momentum (Nesterov's)."""
+    muon_momentum_warmup: int = 300
+    """Updates over which Muon's momentum rises from 0.85."""
+    muon_weight_decay: float = 0.1
+    """Decay of the matrices that Muon updates."""
     weight_decay: float = 0.1
     """Decay of matrices and embeddings; norms and biases have none."""
     beta1: float = 0.9
@@ -123,28 +135,27 @@ class TrainConfig:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
                      "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit", "check_ranks_every", "max_lr",
-                     "min_lr", "weight_decay", "grad_clip", "seed"):  # fmt: skip
+                     "min_lr", "muon_lr", "muon_momentum_warmup", "muon_weight_decay", "weight_decay", "grad_clip",
+                     "seed"):  # fmt: skip
             if not 0 <= (getattr(self, name) or 0) < math.inf:  # refuses nan too
                 faults.append(f"{flag(name)} {getattr(self, name)} must be 0 or a positive number")
-        for name in ("dropout", "beta1", "beta2"):
+        for name in ("dropout", "beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 0 and below 1")
         if self.val_every and self.val_tokens < self.sequence_length:
             faults.append(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")
+        if not 0 < self.cooldown_fraction <= 1:
+            faults.append(f"--cooldown-fraction {self.cooldown_fraction} must be above 0 and at most 1")
         if not 0 < self.timeout < math.inf:
             faults.append(f"--timeout {self.timeout} must be positive")
         if faults:
             raise UserError("; ".join(faults))
 
     @property
-    def schedule(self) -> str:
-        """Which of `schedules.SCHEDULES` the learning rate follows. No flag while there is one to choose from."""
-        return "cosine"
-
-    @property
     def final_lr(self) -> float:
-        """The learning rate at the end of the cosine."""
-        return self.max_lr / 10 if self.min_lr is None else self.min_lr
+        """The learning rate at the last step."""
+        usual = self.max_lr / 10 if self.schedule == "cosine" else 0.0
+        return usual if self.min_lr is None else self.min_lr
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON carries them."""

@@ -60,7 +60,8 @@ def train(run: Run) -> str:
         with timer.paused(due=bool(evaluations)):
             evaluate(run, evaluations)
             stopping = run.stop.agreed(run.context)
-        saving = stopping or is_due(run, config.checkpoint_every) or state.step == config.max_steps
+        last_or_branch = state.step in (config.max_steps, run.schedule.branch_step)
+        saving = stopping or last_or_branch or is_due(run, config.checkpoint_every)
         comparing = config.check_ranks_every > 0 and (saving or is_due(run, config.check_ranks_every))
         with timer.paused(due=saving or comparing):
             if comparing:
@@ -130,6 +131,8 @@ def finish(run: Run, outcome: str) -> None:
     run.log.status(outcome, step=run.state.step)
     where = run.writer.directory / step_name(run.state.step)
     run.log.say(f"{outcome} at step {run.state.step} of {run.config.max_steps}; checkpoint in {where}")
+    if outcome == "finished" and run.schedule.branch_step:
+        run.log.say(f"a larger --max-steps goes on from step {run.schedule.branch_step}, before the cool-down")
 
 
 def run_training(config: TrainConfig) -> int:

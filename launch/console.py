@@ -1,6 +1,6 @@
 """What the launcher says: a pipe whose reader has gone, or a full disk behind it, ends no launch.
 
-As `gpt2_ddp.system.cli.speak_safely`: the launcher starts any module and imports none of them.
+As `gpt2_ddp.system.console.speak_safely`: the launcher starts any module and imports none of them.
 """
 
 from __future__ import annotations

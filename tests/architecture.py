@@ -77,6 +77,7 @@ BESIDE = {
     "model.block_attention": "speed in bfloat16 on CPUs",
     "model.recomputation": "memory",
     "system.allocator": "speed on CPUs",
+    "system.console": "a console that nobody reads any more",
     "system.speed": "--dtype auto on CPUs",
     "system.cuda_build": "a GPU that PyTorch cannot use is explained",
     "system.hardware": "shares of a data sheet's peak",
@@ -92,6 +93,7 @@ BESIDE = {
     "distributed.stopping": "signals",
     "distributed.watchdog": "ranks that hang",
     "metrics.boards": "TensorBoard and W&B",
+    "optim.muon": "--optimizer muon",
     "optim.spikes": "losses that jump",
 }
 """What of gpt2_ddp a run does not need in order to get from its flags to a trained checkpoint, and why it is there."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from gpt2_ddp.model.gpt import SIZES, GPTConfig
 from gpt2_ddp.model.head import LARGE_HEAD_ROWS, LARGE_MEMORY
 from gpt2_ddp.model.memory import USABLE, TrainingMemory, fits_into, training_memory
 from gpt2_ddp.model.shapes import parameter_count
-from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.optim.rule import AdamW
 from gpt2_ddp.system import cli
 from gpt2_ddp.system.hardware import Hardware, peak_flops
 from gpt2_ddp.system.precision import choose_dtype
@@ -39,8 +40,6 @@ CARDS = tuple(
     for name, size, capability in (("T4", 16, (7, 5)), ("A100", 40, (8, 0)), ("A100", 80, (8, 0)), ("H100", 80, (9, 0)))
 )
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-RECKON = partial(training_memory, device_type="cuda", state_bytes_per_parameter=AdamW.state_bytes, compiled=True)
-"""What training takes on a GPU, compiled, with AdamW."""
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PAGE = """\
 # GPUs, on paper
@@ -99,6 +98,17 @@ def gpu_page(sequence_length: int = 1024) -> str:
     )
 
 
+def reckon(config: GPTConfig, **values: Any) -> TrainingMemory:
+    """What training takes on a GPU, compiled, with AdamW."""
+    return training_memory(config, device_type="cuda", state_bytes=state_bytes(config), compiled=True, **values)
+
+
+@lru_cache
+def state_bytes(config: GPTConfig) -> int:
+    """What AdamW's state takes."""
+    return AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).state_bytes(config)
+
+
 def work(config: GPTConfig, length: int) -> list[str]:
     """Parameters, GFLOP for a token, and GB that gradients and optimizer move in a step."""
     needed = on_gpu(config, 1, length)
@@ -116,7 +126,7 @@ def by_micro_batch(config: GPTConfig, length: int) -> list[str]:
 
 def on_gpu(config: GPTConfig, size: int, length: int) -> TrainingMemory:
     """What a micro-batch of `size` sequences needs with matmuls in two bytes."""
-    return RECKON(
+    return reckon(
         config, micro_batch_size=size, sequence_length=length, dtype=torch.float16, device_memory=LARGE_MEMORY
     )
 
@@ -133,7 +143,7 @@ def card_row(card: Card, length: int) -> list[str]:
                         card.memory,
                         "cuda",
                         partial(
-                            RECKON,
+                            reckon,
                             SIZES[name],
                             sequence_length=length,
                             dtype=card.dtype,

@@ -19,7 +19,7 @@ from gpt2_ddp.model.block_attention import BlockAttention
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.vocabulary import VOCAB_SIZE
-from gpt2_ddp.optim.optimizers import AdamW, parameter_groups
+from gpt2_ddp.optim.rule import AdamW, parameter_groups
 from gpt2_ddp.optim.updates import apply_update
 from gpt2_ddp.system.allocator import find_tcmalloc, keep_freed_memory
 from gpt2_ddp.system.errors import UserError

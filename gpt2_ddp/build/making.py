@@ -46,7 +46,7 @@ def make(settled: Settled, context: DistContext, held: ExitStack) -> Made:
     """
     config, plan, precision = settled.config, settled.plan, settled.precision
     allow_tf32()
-    model, optimizer = start_model(config, context, settled.found, settled.weights)
+    model, optimizer = start_model(config, context, settled.found, settled.weights, precision.dtype)
     state = TrainState(
         skips=SkipCount(context.device),
         guard=SpikeGuard(config.spike_guard, config.spike_limit),
@@ -67,7 +67,11 @@ def make(settled: Settled, context: DistContext, held: ExitStack) -> Made:
 
 
 def start_model(
-    config: TrainConfig, context: DistContext, found: Found, weights: Path | None = None
+    config: TrainConfig,
+    context: DistContext,
+    found: Found,
+    weights: Path | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, torch.optim.Optimizer]:
     """The raw model and an optimizer over it, with the weights of a new run, the same on every rank; where a checkpoint
     was found they are undefined until it is restored.
@@ -78,7 +82,7 @@ def start_model(
     if found.path is None:
         context.broadcast_tensors(dict(model.named_parameters()))
     model.activation_checkpointing = config.activation_checkpointing
-    return model, optimizer_rule(config).make(model, context.device)
+    return model, optimizer_rule(config).make(model, context, dtype)
 
 
 def start_weights(config: TrainConfig, found: Found, weights: Path | None, context: DistContext) -> GPT:

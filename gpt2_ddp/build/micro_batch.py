@@ -18,7 +18,7 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
 from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
-from gpt2_ddp.optim.optimizers import OptimizerRule
+from gpt2_ddp.optim.rule import OptimizerRule
 from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import Precision
@@ -29,7 +29,8 @@ def settle_micro_batch(
 ) -> TrainConfig:
     """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
     rule = optimizer_rule(config)
-    context.run_on_all(lambda: require_fit(model_config(config.model), rule.state_bytes, context.device))
+    shape = model_config(config.model, dropout=config.dropout)
+    context.run_on_all(lambda: require_fit(shape, rule.state_bytes(shape), context.device))
     if config.micro_batch_size != "auto":
         return config
     size = context.run_on_main(lambda: saved_micro_batch(config, context.world_size))
@@ -37,7 +38,7 @@ def settle_micro_batch(
         config,
         micro_batch_size=size
         or choose_micro_batch(
-            model_config(config.model, dropout=config.dropout),
+            shape,
             precision,
             context,
             rule,
@@ -63,7 +64,7 @@ def require_fit(config: GPTConfig, state_bytes: int, device: torch.device) -> No
         sequence_length=1,
         dtype=torch.float32,
         device_type="cuda",
-        state_bytes_per_parameter=state_bytes,
+        state_bytes=state_bytes,
     )
     if needed.fixed > there:
         raise UserError(
@@ -100,7 +101,7 @@ def choose_micro_batch(
         sequence_length=sequence_length,
         dtype=precision.dtype,
         device_type=precision.device_type,
-        state_bytes_per_parameter=rule.state_bytes,
+        state_bytes=rule.state_bytes(config),
         device_memory=device_memory,
         compiled=compiled,
         activation_checkpointing=activation_checkpointing,
@@ -110,7 +111,7 @@ def choose_micro_batch(
         trial = Trial(
             config,
             precision,
-            context.device,
+            context,
             rule,
             sequence_length=sequence_length,
             compiled=compiled,
@@ -168,17 +169,18 @@ class Trial:
         self,
         config: GPTConfig,
         precision: Precision,
-        device: torch.device,
+        context: DistContext,
         rule: OptimizerRule,
         *,
         sequence_length: int,
         compiled: bool,
         activation_checkpointing: bool,
     ) -> None:
-        self._precision, self._device, self._length, self._compiled = precision, device, sequence_length, compiled
-        self._model = GPT(config).to(device)
+        self._precision, self._device = precision, context.device
+        self._length, self._compiled = sequence_length, compiled
+        self._model = GPT(config).to(context.device)
         self._model.activation_checkpointing = activation_checkpointing
-        self._optimizer = rule.make(self._model, device)
+        self._optimizer = rule.make(self._model, context, precision.dtype)
         zero_gradients(self._model.parameters(), in_place=True)
 
     def runs(self, size: int) -> bool:

@@ -65,9 +65,12 @@ def open_data(settled: Settled, context: DistContext, *, first_step: int) -> Tra
 
 def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:
     """The run's checkpoints, written by rank 0."""
-    directory = config.out_dir / "checkpoints"
     return CheckpointWriter(
-        directory, keep=config.keep_checkpoints, enabled=context.is_main, patience=config.timeout / 2
+        config.out_dir / "checkpoints",
+        keep=config.keep_checkpoints,
+        beside=learning_rates(config).branch_step,
+        enabled=context.is_main,
+        patience=config.timeout / 2,
     )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from gpt2_ddp.build.rules import learning_rates
-from gpt2_ddp.checkpoint.choice import checkpoints, named, newest_good, set_aside
-from gpt2_ddp.checkpoint.files import step_name
+from gpt2_ddp.checkpoint.choice import FINISHED, checkpoints, named, newest_good, set_aside
+from gpt2_ddp.checkpoint.files import faults, step_name
 from gpt2_ddp.checkpoint.state import Found, read_state
 from gpt2_ddp.config import TrainConfig, flag
+from gpt2_ddp.optim.schedules import SCHEDULES, Schedule
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 from gpt2_ddp.system.precision import DTYPES
@@ -48,33 +50,65 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
         return Found(said=said)
     state = read_state(path)
     require_same_run(config, state, data_fingerprint)
+    branch = branch_to_prolong(config, state, directory) if config.resume == "auto" else None
+    if branch is not None:
+        said += put_finished_aside(config, path)
+        path, state = branch, read_state(branch)
     for newer in checkpoints(directory):
         if newer.name > step_name(state["step"]):
             said.append(f"{newer.name} is newer; set aside as {set_aside(newer, 'superseded').name}")
     said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
-    said += rate_jump(config, state["config"], state["step"])
+    said += [] if branch else rate_jump(config, state["config"], state["step"])
     return Found(path=path, state=state, said=said)
+
+
+def branch_to_prolong(config: TrainConfig, state: Mapping[str, Any], directory: Path) -> Path | None:
+    """The checkpoint before the cool-down that the run in `state` was in, where `config` has it go on for longer."""
+    before, now = saved_rates(config, state["config"]), learning_rates(config)
+    if before is None or before.branch_step is None or now.branch_step is None:
+        return None
+    cooling, longer = before.branch_step < state["step"], now.max_steps > before.max_steps
+    branch = directory / step_name(before.branch_step)
+    good = cooling and longer and now.branch_step > before.branch_step and branch.exists() and not faults(branch)
+    return branch if good else None
+
+
+def put_finished_aside(config: TrainConfig, path: Path) -> list[str]:
+    """Keep the last checkpoint and the log of a run that is prolonged from before them."""
+    log, kept = config.out_dir / "metrics.jsonl", config.out_dir / f"metrics.{path.name}.jsonl"
+    if log.exists():
+        shutil.copyfile(log, kept)
+    stays = set_aside(path, FINISHED).name
+    return [f"going back to before the cool-down: {path.name} stays as {stays}, its log as {kept.name}"]
+
+
+def saved_rates(config: TrainConfig, saved: Mapping[str, Any]) -> Schedule | None:
+    """The learning rates by the `saved` flags; None where the configuration is not one of ours."""
+    before = {name: saved.get(name, getattr(TrainConfig, name)) for name in rate_fields()}
+    try:
+        return learning_rates(replace(config, **before))
+    except (TypeError, ValueError, KeyError):
+        return None
 
 
 def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
     """One line where flags that differ from the `saved` ones make the learning rate jump after `step`."""
-    before = {name: saved[name] for name in rate_fields(config) if name in saved}
+    before = {name: saved.get(name, getattr(TrainConfig, name)) for name in rate_fields()}
     changed = [name for name, value in before.items() if value != getattr(config, name)]
-    try:
-        old = learning_rates(replace(config, **before)).rate(step + 1)
-    except (TypeError, ValueError, KeyError):  # a checkpoint from elsewhere, whose configuration is not one of ours
+    saved_schedule = saved_rates(config, saved)
+    if saved_schedule is None:
         return []
-    new = learning_rates(config).rate(step + 1)
+    old, new = (schedule.rate(step + 1) for schedule in (saved_schedule, learning_rates(config)))
     if step >= config.max_steps or abs(new - old) <= RATE_JUMP * max(new, old):
         return []
     flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
     return [f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}"]
 
 
-def rate_fields(config: TrainConfig) -> list[str]:
+def rate_fields() -> list[str]:
     """The flags that decide the learning rate of a step, and may change within a run."""
-    decisive = {"schedule", "min_lr", *(field.name for field in fields(learning_rates(config)))}
-    return [field.name for field in fields(config) if field.name in decisive]
+    decisive = {"schedule", "min_lr"} | {field.name for kind in SCHEDULES.values() for field in fields(kind)}
+    return [field.name for field in fields(TrainConfig) if field.name in decisive]
 
 
 def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:
@@ -116,7 +150,8 @@ def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprin
     if saved.get("data_fingerprint") != data_fingerprint:
         found.append(f"the tokens in --data-dir {config.data_dir} are not those the run was trained on")
     if found:
-        raise UserError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir")
+        weights = f", with --init-from {config.out_dir} to begin with its weights" if config.init_from is None else ""
+        raise UserError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir{weights}")
 
 
 def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:

@@ -9,7 +9,8 @@ from dataclasses import fields
 from typing import Any
 
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.optim.optimizers import OPTIMIZERS, OptimizerRule
+from gpt2_ddp.optim.optimizers import OPTIMIZERS
+from gpt2_ddp.optim.rule import OptimizerRule
 from gpt2_ddp.optim.schedules import SCHEDULES, Schedule
 
 

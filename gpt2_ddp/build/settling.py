@@ -209,8 +209,8 @@ def require_room(config: TrainConfig) -> None:
     Raises:
         UserError: where not even one checkpoint fits on the disk of the run directory.
     """
-    bytes_per_parameter = torch.float32.itemsize + optimizer_rule(config).state_bytes
-    needed = bytes_per_parameter * parameter_count(model_config(config.model))
+    shape = model_config(config.model)
+    needed = torch.float32.itemsize * parameter_count(shape) + optimizer_rule(config).state_bytes(shape)
     disk = shutil.disk_usage(config.out_dir)
     if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
         raise UserError(

@@ -6,9 +6,12 @@ import re
 import shutil
 from pathlib import Path
 
-from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.checkpoint.files import faults, step_name
 from gpt2_ddp.system import files as disk
 from gpt2_ddp.system.errors import UserError
+
+FINISHED = "finished"
+"""Why the last checkpoint of a run that is prolonged is set aside."""
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -69,10 +72,14 @@ def set_aside(path: Path, why: str) -> Path:
     return target
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Keep the `keep` newest good checkpoints. A broken one never counts, and goes with those that are too old."""
+def prune(directory: Path, keep: int, *, beside: int | None = None) -> None:
+    """Keep the `keep` newest good checkpoints, and the one of step `beside`. A broken one never counts, and goes with
+    those that are too old; one that was set aside as finished stays.
+    """
     good: list[Path] = []
     for path in checkpoints(directory):
+        if beside is not None and path.name == step_name(beside):
+            continue
         if len(good) == keep:
             shutil.rmtree(path)
         elif faults(path):
@@ -82,5 +89,5 @@ def prune(directory: Path, keep: int) -> None:
     if len(good) == keep:
         for path in directory.glob("step_*.*"):
             step = path.name[5:].split(".")[0]
-            if step.isdecimal() and int(step) < int(good[-1].name[5:]):
+            if step.isdecimal() and int(step) < int(good[-1].name[5:]) and f".{FINISHED}" not in path.name:
                 shutil.rmtree(path, ignore_errors=True)

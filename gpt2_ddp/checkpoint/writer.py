@@ -34,11 +34,16 @@ class CheckpointWriter:
     A save first copies every tensor, so training may go on at once; what went wrong is told by `reports`.
     """
 
-    def __init__(self, directory: Path, *, keep: int, enabled: bool, patience: float) -> None:
-        """`patience` is how many seconds a save may wait for the one before it; then it is left out."""
+    def __init__(
+        self, directory: Path, *, keep: int, beside: int | None = None, enabled: bool, patience: float
+    ) -> None:
+        """The `keep` newest checkpoints stay, all where it is 0, and that of step `beside`.
+
+        `patience` is how many seconds a save may wait for the one before it; then it is left out.
+        """
         self.directory = directory
         self.patience = patience
-        self.keep = keep
+        self.keep, self.beside = keep, beside
         self.enabled = enabled
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saves: list[Future[SaveReport]] = []
@@ -66,7 +71,7 @@ class CheckpointWriter:
         try:
             size = write_checkpoint(self.directory / step_name(step), files)
             if self.keep:
-                prune(self.directory, self.keep)
+                prune(self.directory, self.keep, beside=self.beside)
         except OSError as error:
             seconds = time.perf_counter() - start
             return SaveReport(step=step, seconds=seconds, blocked_seconds=blocked, bytes=0, error=str(error))

@@ -115,7 +115,12 @@ class DistContext(Place):
         theirs = self.broadcast(mine)
         self.run_on_all(lambda: require_same_tensors(mine, theirs))
         for tensor in tensors.values():
-            dist.broadcast(tensor.detach(), src=0)
+            self.broadcast_from(0, tensor.detach())
+
+    def broadcast_from(self, source: int, tensor: Tensor) -> None:
+        """Put the numbers of rank `source` into the contiguous `tensor` of every rank, alike in shape and dtype."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=source)
 
     def add_from(self, partner: int, tensor: Tensor) -> None:
         """Add `partner`'s tensor of the same shape to `tensor` in place, while it does the same with this one."""

@@ -56,9 +56,10 @@ SIZES = {
     "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
     "gpt2-mini": GPTConfig(n_layer=6, n_head=6, n_embd=384),
+    "gpt2-micro": GPTConfig(n_layer=4, n_head=4, n_embd=256),
     "gpt2-nano": GPTConfig(n_layer=2, n_head=2, n_embd=64),
 }
-"""The four published shapes (table 2 of the paper) and two small ones for a laptop."""
+"""The four published shapes (table 2 of the paper) and three small ones for a laptop."""
 
 
 def model_config(name: str, *, dropout: float = 0.0) -> GPTConfig:

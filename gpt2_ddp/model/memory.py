@@ -47,12 +47,14 @@ def training_memory(
     sequence_length: int,
     dtype: torch.dtype,
     device_type: str,
-    state_bytes_per_parameter: int,
+    state_bytes: int,
     device_memory: int = 0,
     compiled: bool = False,
     activation_checkpointing: bool = False,
 ) -> TrainingMemory:
     """Memory of training with float32 weights and autocast to `dtype`, on one rank or under DDP.
+
+    `state_bytes` is what the optimizer's state takes.
 
     DDP's buckets hold the gradients, and nothing else does. Counted are the tensors that autograd keeps: for each token
     and block, in units of n_embd, the inputs of the two norms in float32, q, k, v, what attention gives, and GELU's
@@ -83,7 +85,7 @@ def training_memory(
     return TrainingMemory(
         weights=4 * count,
         gradients=4 * count,
-        moments=state_bytes_per_parameter * count,
+        moments=state_bytes,
         lowered=width * (config.n_layer * block_matrix_size(config) + matrix) if mixed else 0,
         activations=tokens * config.n_layer * config.n_embd * (4 if activation_checkpointing else block),
         passing=max(head, backward),

@@ -25,13 +25,25 @@ class Schedule(ABC):
             return self.max_lr * step / self.warmup_steps
         if step >= self.max_steps:
             return self.final_lr
-        progress = (step - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+        if step <= self.last_stable_step:
+            return self.max_lr
+        progress = (step - self.last_stable_step) / (self.max_steps - self.last_stable_step)
         return self.final_lr + self.height(progress) * (self.max_lr - self.final_lr)
+
+    @property
+    def last_stable_step(self) -> int:
+        """The last step at `max_lr`."""
+        return self.warmup_steps
+
+    @property
+    def branch_step(self) -> int | None:
+        """The step whose checkpoint is kept, since a longer run would go on from there; None where none would."""
+        return None
 
     @abstractmethod
     def height(self, progress: float) -> float:
-        """How high the rate stands between `final_lr` (0) and `max_lr` (1), `progress` of the steps after the warm-up
-        done, which lies between 0 and 1.
+        """How high the rate stands between `final_lr` (0) and `max_lr` (1), `progress` of the way down done, which lies
+        between 0 and 1.
         """
 
 
@@ -43,4 +55,27 @@ class Cosine(Schedule):
         return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine}
+@dataclass(frozen=True, kw_only=True)
+class Linear(Schedule):
+    """A straight line."""
+
+    def height(self, progress: float) -> float:
+        return 1 - progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(Linear):
+    """`max_lr` until the last steps, a fraction of all; there a straight line (Hu et al. 2024, arXiv:2404.06395)."""
+
+    cooldown_fraction: float
+
+    @property
+    def last_stable_step(self) -> int:
+        return max(self.warmup_steps, self.max_steps - round(self.cooldown_fraction * self.max_steps))
+
+    @property
+    def branch_step(self) -> int:
+        return self.last_stable_step
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "wsd": WarmupStableDecay}

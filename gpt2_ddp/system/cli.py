@@ -3,27 +3,24 @@
 Exit status: 0 done; 75 stopped cleanly without torchrun; 2 for what the user got wrong, told in one line on
 stderr; 1 for anything else, with its traceback.
 
-What is written for eyes never decides how a command ends: `speak_safely`.
+What is written for eyes never decides how a command ends: `console.speak_safely`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
+from gpt2_ddp.system.console import lost_output, speak_safely
 from gpt2_ddp.system.errors import OneRankError, UserError, user_error
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 EXIT_FILE = "GPT2_DDP_EXIT_FILE"
 """Environment variable: the file that tells `python -m launch` how the trainer ended, whatever torchrun answers."""
@@ -31,44 +28,6 @@ GIVEN_UP = "given up"
 """The name of a thread that waits for a library which no longer answers, and whose exit handlers would wait as well."""
 
 Config = TypeVar("Config")
-
-
-class Console(io.FileIO):
-    """A descriptor that takes whatever is written to it: what its reader, disk or terminal refuses is dropped."""
-
-    refused: OSError | None = None
-    """Why something was dropped."""
-
-    def write(self, data: ReadableBuffer, /) -> int:
-        """The number of bytes in `data`, written or not."""
-        try:
-            written = super().write(data)
-        except OSError as error:
-            self.refused = error
-            written = None
-        return memoryview(data).nbytes if written is None else written  # None: a full pipe that does not block
-
-
-def speak_safely() -> None:
-    """Let nothing that is written to stdout and stderr raise from now on, to the interpreter's last flush.
-
-    A pipe whose reader has gone, a terminal that hung up, a full disk behind `> log`, a stream that was closed, an
-    encoding without the letter: a run goes on by its files. Letters that the encoding lacks come as escapes.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by `>&-`; the next file to be opened would take the descriptor
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-            continue
-        try:
-            console = Console(stream.fileno(), "wb", closefd=False)
-            stream.flush()
-        except OSError:  # what stands there has no descriptor: a notebook's, or a test's
-            continue
-        safe = io.BufferedWriter(console)
-        setattr(
-            sys, name, io.TextIOWrapper(safe, encoding=stream.encoding, errors="backslashreplace", line_buffering=True)
-        )
 
 
 def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoReturn:
@@ -81,7 +40,7 @@ def run(main: Callable[[], int | None], *, prints_result: bool = False) -> NoRet
     try:
         require_posix(sys.platform)
         status = main() or 0
-        lost = _lost_output()
+        lost = lost_output()
         if prints_result and lost is not None:
             tell(f"error: stdout: {lost.strerror}: the result is not whole")
             status = 2
@@ -105,14 +64,6 @@ def require_posix(platform: str) -> None:
     """
     if platform == "win32":
         raise UserError("Windows itself has no SIGUSR1 and no file locks of POSIX: run this in WSL (wsl --install)")
-
-
-def _lost_output() -> OSError | None:
-    """Why a part of stdout was dropped, where somebody would have read it."""
-    sys.stdout.flush()
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    lost = raw.refused if isinstance(raw, Console) else None
-    return lost if lost is not None and lost.errno != errno.EPIPE else None
 
 
 def leave(status: int, *, at_once: bool = False) -> NoReturn:

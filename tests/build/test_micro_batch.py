@@ -25,7 +25,7 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.memory import training_memory
-from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.optim.rule import AdamW
 from gpt2_ddp.system.precision import Precision
 
 WIDE = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=512)
@@ -42,7 +42,7 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
             sequence_length=64,
             dtype=torch.float32,
             device_type="cpu",
-            state_bytes_per_parameter=AdamW.state_bytes,
+            state_bytes=ADAMW.state_bytes(WIDE),
         )
         free = needed.total / 0.5 + beyond
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free, "total": free}))
@@ -96,10 +96,10 @@ def test_a_model_that_no_micro_batch_helps_is_refused(monkeypatch: pytest.Monkey
     t4 = type("Properties", (), {"total_memory": 15 * 2**30})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: t4)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "Tesla T4")
-    require_fit(SIZES["gpt2-large"], 8, torch.device("cuda", 0))
+    require_fit(SIZES["gpt2-large"], ADAMW.state_bytes(SIZES["gpt2-large"]), torch.device("cuda", 0))
     with pytest.raises(ValueError, match=r"5\.8 GiB of weights.*are 23\.2 GiB, and Tesla T4 has 15\.0 GiB"):
-        require_fit(SIZES["gpt2-xl"], 8, torch.device("cuda", 0))
-    require_fit(SIZES["gpt2-xl"], 8, torch.device("cpu"))
+        require_fit(SIZES["gpt2-xl"], ADAMW.state_bytes(SIZES["gpt2-xl"]), torch.device("cuda", 0))
+    require_fit(SIZES["gpt2-xl"], ADAMW.state_bytes(SIZES["gpt2-xl"]), torch.device("cpu"))
 
 
 def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
@@ -137,7 +137,9 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", forgotten.append)
     precision, cpu = Precision.of(torch.float32, torch.device("cpu")), torch.device("cpu")
-    trial = Trial(WIDE, precision, cpu, ADAMW, sequence_length=8, compiled=compiled, activation_checkpointing=False)
+    trial = Trial(
+        WIDE, precision, DistContext(), ADAMW, sequence_length=8, compiled=compiled, activation_checkpointing=False
+    )
     assert first_running([4, 2, 1], trial.runs, DistContext()) == 2
     name = "CompiledGPT" if compiled else "GPT"
     assert tried == [(name, 4), (name, 2)]

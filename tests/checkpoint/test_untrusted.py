@@ -29,9 +29,11 @@ from gpt2_ddp.checkpoint.choice import newest_good
 from gpt2_ddp.checkpoint.files import MANIFEST, faults, read_tensors
 from gpt2_ddp.checkpoint.state import TrainState, read_state
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model import huggingface
 from gpt2_ddp.model.gpt import GPT
-from gpt2_ddp.optim.optimizers import AdamW, load_optimizer_tensors
+from gpt2_ddp.optim.optimizers import load_optimizer_tensors
+from gpt2_ddp.optim.rule import AdamW
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount
 from gpt2_ddp.system.errors import user_error
@@ -192,7 +194,7 @@ def unpack(file: Path) -> tuple[Any, bytes]:
 
 def load_optimizer(target: Path) -> None:
     model = GPT(TINY).init_weights(0)
-    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, torch.device("cpu"))
+    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, DistContext())
     load_optimizer_tensors(model, optimizer, read_tensors(target / "optimizer.safetensors"))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.wrapping import grad_sync
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.memory import training_memory
-from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.model.shapes import parameter_count
+from gpt2_ddp.optim.rule import AdamW
 from gpt2_ddp.optim.updates import apply_update, zero_gradients
 from gpt2_ddp.system.allocator import keep_freed_memory
 from gpt2_ddp.system.precision import Precision
@@ -36,7 +38,7 @@ def train(
     precision, ids = Precision.of(dtype, torch.device("cpu")), torch.zeros(batch, LENGTH, dtype=torch.int64)
     model = GPT(config).init_weights(0)
     model.activation_checkpointing = checkpointing
-    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, torch.device("cpu"))
+    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, DistContext())
     train_model: nn.Module = CompiledGPT(model) if compiled else model
     if ddp:  # as `compute.trainable` does: compiled before, since DDP would have graphs cut where its buckets end
         train_model(ids, ids).backward()
@@ -72,6 +74,6 @@ if __name__ == "__main__":
         sequence_length=LENGTH,
         dtype=chosen,
         device_type="cpu",
-        state_bytes_per_parameter=AdamW.state_bytes,
+        state_bytes=8 * parameter_count(CONFIG),
     )
     print(reckoned.total / (resident("VmHWM:") - before))

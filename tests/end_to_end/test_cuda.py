@@ -24,7 +24,7 @@ from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.huggingface import load_model
-from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.optim.rule import AdamW
 from gpt2_ddp.optim.updates import apply_update
 from gpt2_ddp.system.hardware import found_hardware, peak_flops
 from gpt2_ddp.system.precision import choose_dtype
@@ -205,7 +205,7 @@ def test_more_ranks_than_gpus_are_refused(data_dir: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_fused_update_leaves_out_a_bad_gradient(scaled: bool, bad: float) -> None:
     model = GPT(model_config("gpt2-nano")).init_weights(0).to(CUDA)
-    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, CUDA)
+    optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, DistContext(device=CUDA))
     scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=1024.0)
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
 

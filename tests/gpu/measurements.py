@@ -18,7 +18,7 @@ from gpt2_ddp.evaluation.sampling import generate
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.model.head import head_loss
 from gpt2_ddp.model.memory import training_memory
-from gpt2_ddp.optim.optimizers import AdamW
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.periodic import report_saves, save
 from gpt2_ddp.run import Run
 from gpu.processes import isolated
@@ -159,7 +159,7 @@ def measured_memory(model: str, way: str, batch: int) -> dict[str, Any]:
             sequence_length=scene.length,
             dtype=run.precision.dtype,
             device_type=scene.device.type,
-            state_bytes_per_parameter=AdamW.state_bytes,
+            state_bytes=8 * parameter_count(run.model.config),
             device_memory=torch.cuda.get_device_properties(scene.device).total_memory if scene.cuda else 0,
             compiled=compiled,
             activation_checkpointing=checkpointing,
@@ -274,7 +274,8 @@ def largest_model(report: Report) -> None:
     def fits() -> str:
         scene = find_scene()
         try:
-            require_fit(model_config(scene.model("gpt2-xl")), AdamW.state_bytes, scene.device)
+            shape = model_config(scene.model("gpt2-xl"))
+            require_fit(shape, 8 * parameter_count(shape), scene.device)
         except ValueError as error:
             return str(error)
         return ""

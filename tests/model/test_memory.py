@@ -34,7 +34,6 @@ from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.head import PRODUCT_ROWS, add_product, head_loss
 from gpt2_ddp.model.memory import USABLE, TrainingMemory, training_memory
 from gpt2_ddp.model.shapes import parameter_count
-from gpt2_ddp.optim.optimizers import AdamW
 from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.hardware import found_hardware
 from gpt2_ddp.system.precision import Precision
@@ -51,7 +50,7 @@ def reckon(
         sequence_length=length,
         dtype=dtype,
         device_type=device_type,
-        state_bytes_per_parameter=AdamW.state_bytes,
+        state_bytes=8 * parameter_count(config),
         **more,
     )
 
@@ -79,7 +78,7 @@ def test_activations_are_what_a_forward_pass_leaves_behind(dtype: torch.dtype, c
         sequence_length=128,
         dtype=dtype,
         device_type="cpu",
-        state_bytes_per_parameter=AdamW.state_bytes,
+        state_bytes=8 * parameter_count(WIDE),
         activation_checkpointing=checkpointing,
     )
     assert reckoned.activations == pytest.approx(kept - last_norm - lowered, rel=0.08)
@@ -276,7 +275,7 @@ def test_the_presets_tell_what_they_need(script: Path) -> None:
         sequence_length=1024,
         dtype=torch.bfloat16,
         device_type="cuda",
-        state_bytes_per_parameter=AdamW.state_bytes,
+        state_bytes=8 * parameter_count(SIZES[name]),
         device_memory=16 * 10**9 if "t4" in script.name else 40 * 10**9,
         compiled=True,
     )

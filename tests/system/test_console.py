@@ -17,7 +17,7 @@ from drivers import warm
 from running import ROOT, checkpoint, environment, metrics, python, status, wait_until
 
 from gpt2_ddp.checkpoint.files import faults
-from gpt2_ddp.system import cli
+from gpt2_ddp.system import cli, console
 from launch.__main__ import require_posix
 from launch.console import say
 
@@ -134,7 +134,7 @@ def test_data_preparation_finishes_its_shards(tmp_path: Path) -> None:
 
 RESULT = """
 import sys
-from gpt2_ddp.system import cli
+from gpt2_ddp.system import cli, console
 cli.run(lambda: print("a result", end=""), prints_result=True)
 """
 
@@ -154,7 +154,7 @@ def test_letters_beyond_the_encoding_come_as_escapes(monkeypatch: pytest.MonkeyP
     with open(tmp_path / "out", "w", encoding="ascii") as out, open(os.devnull, "w") as err:
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", err)
-        cli.speak_safely()
+        console.speak_safely()
         print("a\u00e4\u4f60\udc80")
         assert (tmp_path / "out").read_text() == "a\\xe4\\u4f60\\udc80\n"
     launched = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
