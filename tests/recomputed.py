@@ -43,6 +43,17 @@ OTHERWISE = {
     "grad-clip": "0.25",
 }
 """No flag of the arithmetic at its default: six micro-steps of one sequence, and every gradient is clipped."""
+MUON = {
+    "optimizer": "muon",
+    "muon-lr": "4e-2",
+    "muon-momentum": "0.8",
+    "muon-momentum-warmup": "4",
+    "muon-weight-decay": "2",
+    "schedule": "wsd",
+    "cooldown-fraction": "0.5",
+    "min-lr": "1e-3",
+}
+"""Muon for the matrices of the blocks, and a rate that stays until half of the steps are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +81,13 @@ def step_windows(step: int, *, per_step: int, n: int, seed: int) -> list[int]:
 
 
 def learning_rate(step: int, flags: Mapping[str, str]) -> float:
-    """Linear to --max-lr, then half a cosine to --min-lr."""
+    """Linear to --max-lr, then half a cosine to --min-lr, or (wsd) a line from the last step but some on."""
     last, warmup, high, low = (float(flags[name]) for name in ("max-steps", "warmup-steps", "max-lr", "min-lr"))
     if step <= warmup:
         return high * step / warmup
+    if flags.get("schedule") == "wsd":
+        line = round(float(flags["cooldown-fraction"]) * last)
+        return high + (low - high) * max(0.0, step - (last - line)) / line
     return low + (high - low) * (1 + math.cos(math.pi * (step - warmup) / (last - warmup))) / 2
 
 
@@ -82,7 +96,10 @@ def recompute(config: GPTConfig, flags: Mapping[str, str], data_dir: Path) -> Re
     length, total, seed = (int(flags[name]) for name in ("sequence-length", "total-batch-size", "seed"))
     windows = token_windows(data_dir, "train", length)
     model = GPT(config).init_weights(seed).double()
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and name.startswith("h.")]
+    hidden = {parameter: torch.zeros_like(parameter) for parameter in blocks} if "optimizer" in flags else {}
+    others = [parameter for parameter in model.parameters() if parameter not in hidden]
+    matrices, vectors = ([p for p in others if (p.dim() > 1) == many] for many in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": float(flags["weight-decay"])}, {"params": vectors, "weight_decay": 0.0}],
         betas=(float(flags["beta1"]), float(flags["beta2"])),
@@ -94,7 +111,7 @@ def recompute(config: GPTConfig, flags: Mapping[str, str], data_dir: Path) -> Re
         chain = hashlib.sha256(chain.encode() + np.array(chosen, "<i8").tobytes()).hexdigest()
         batch = torch.tensor([windows[number] for number in chosen])
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
@@ -104,12 +121,35 @@ def recompute(config: GPTConfig, flags: Mapping[str, str], data_dir: Path) -> Re
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        for weight, momentum in hidden.items():
+            muon(weight.data, momentum, weight.grad, step, rate / float(flags["max-lr"]), flags)
         told = {"step": step, "loss": loss.item(), "lr": rate, "grad_norm": norm}
         found.lines.append({**told, "tokens_seen": step * total, "data_hash": chain, "skipped": 0})
     for name, parameter in model.named_parameters():
         found.weights[name] = parameter.detach().float()
+        if parameter in hidden:
+            found.moments[f"{name}.momentum_buffer"] = hidden[parameter].float()
+            found.moments[f"{name}.step"] = torch.tensor(float(flags["max-steps"]))
         found.moments.update({f"{name}.{key}": value.float() for key, value in optimizer.state[parameter].items()})
     return found
+
+
+def muon(
+    weight: Tensor, momentum: Tensor, gradient: Tensor, step: int, height: float, flags: Mapping[str, str]
+) -> None:
+    """In place, by singular values: Nesterov's momentum, its quintic iteration, and a root mean square of 0.2."""
+    last, warmup = float(flags["muon-momentum"]), int(flags["muon-momentum-warmup"])
+    beta = min(1.0, (step - 1) / warmup) * (last - 0.85) + 0.85
+    momentum += (1 - beta) * (gradient - momentum)
+    rate = float(flags["muon-lr"]) * height
+    weight *= 1 - rate * float(flags["muon-weight-decay"])
+    parts = 3 if weight.size(0) == 3 * weight.size(1) else 1  # q, k and v
+    for rows, mean in zip(weight.chunk(parts), (beta * momentum + (1 - beta) * gradient).chunk(parts), strict=True):
+        left, values, right = torch.linalg.svd(mean, full_matrices=False)
+        values = values / values.norm()
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        rows -= rate * 0.2 * max(rows.shape) ** 0.5 * (left * values @ right)
 
 
 def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

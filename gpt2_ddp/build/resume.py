@@ -84,16 +84,17 @@ def put_finished_aside(config: TrainConfig, path: Path) -> list[str]:
 
 def saved_rates(config: TrainConfig, saved: Mapping[str, Any]) -> Schedule | None:
     """The learning rates by the `saved` flags; None where the configuration is not one of ours."""
-    before = {name: saved.get(name, getattr(TrainConfig, name)) for name in rate_fields()}
     try:
-        return learning_rates(replace(config, **before))
+        schedule = learning_rates(replace(config, **saved_rate_flags(saved)))
+        schedule.rate(1)
     except (TypeError, ValueError, KeyError):
         return None
+    return schedule
 
 
 def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
     """One line where flags that differ from the `saved` ones make the learning rate jump after `step`."""
-    before = {name: saved.get(name, getattr(TrainConfig, name)) for name in rate_fields()}
+    before = saved_rate_flags(saved)
     changed = [name for name, value in before.items() if value != getattr(config, name)]
     saved_schedule = saved_rates(config, saved)
     if saved_schedule is None:
@@ -105,10 +106,11 @@ def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[
     return [f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}"]
 
 
-def rate_fields() -> list[str]:
-    """The flags that decide the learning rate of a step, and may change within a run."""
+def saved_rate_flags(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the `saved` flags, those that decide the learning rate of a step, and may change within a run."""
     decisive = {"schedule", "min_lr"} | {field.name for kind in SCHEDULES.values() for field in fields(kind)}
-    return [field.name for field in fields(TrainConfig) if field.name in decisive]
+    flags = {"schedule": "cosine", **saved}  # which it was before there was a choice
+    return {field.name: flags[field.name] for field in fields(TrainConfig) if field.name in decisive & flags.keys()}
 
 
 def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:

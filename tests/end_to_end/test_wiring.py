@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from drivers import warm
-from recomputed import OTHERWISE, PLAIN, assert_near, recompute
+from recomputed import MUON, OTHERWISE, PLAIN, assert_near, recompute
 from running import ROOT, checkpoint, metrics
 from safetensors.torch import load_file
 
@@ -19,8 +19,8 @@ from gpt2_ddp.model.huggingface import from_hf, load_model
 
 @pytest.mark.parametrize(
     ("flags", "switches", "nproc"),
-    [({}, [], 0), ({}, [], 2), ({}, ["--reproducible"], 0), (OTHERWISE, [], 0)],
-    ids=["defaults", "two-ranks", "reproducible", "no-flag-at-its-default"],
+    [({}, [], 0), ({}, [], 2), ({}, ["--reproducible"], 0), (OTHERWISE, [], 0), (MUON, [], 2)],
+    ids=["defaults", "two-ranks", "reproducible", "no-flag-at-its-default", "muon"],
 )
 def test_a_run_is_what_its_flags_say(
     shared_folder: Path, data_dir: Path, flags: Mapping[str, str], switches: list[str], nproc: int
@@ -68,13 +68,12 @@ def test_the_model_is_the_one_that_is_named(shared_folder: Path, data_dir: Path,
 
 RECOMPUTED = "test_wiring.py::test_a_run_is_what_its_flags_say"
 SEEN_BY = {
-    **dict.fromkeys([name.replace("-", "_") for name in OTHERWISE], RECOMPUTED),
+    **dict.fromkeys([name.replace("-", "_") for name in OTHERWISE | MUON], RECOMPUTED),
     "model": "test_wiring.py::test_the_model_is_the_one_that_is_named",
     "init_from": "test_train.py::test_starting_from_another_runs_weights",
     "data_dir": "test_hang_and_drift.py::test_other_data_on_one_rank_is_refused_at_the_start",
     "out_dir": "test_train.py::test_resume_from_a_named_checkpoint",
     "dropout": "test_reproducible.py::test_dropout_drops_and_depends_on_the_seed_and_the_place_alone",
-    "optimizer": RECOMPUTED,
     "device": "test_distributed.py::test_a_device_that_is_not_there_is_refused",
     "dtype": "test_wiring.py::test_the_model_is_the_one_that_is_named",
     "compile": "test_watching.py::test_the_compiled_module_only_trains",
@@ -115,5 +114,6 @@ def test_every_flag_has_a_test_that_sees_what_it_does() -> None:
 
 def test_what_is_recomputed_is_not_at_its_default() -> None:
     defaults = TrainConfig().to_json() | {"min_lr": TrainConfig(max_lr=float(OTHERWISE["max-lr"])).final_lr}
-    for name, value in OTHERWISE.items():
-        assert float(value) != float(defaults[name.replace("-", "_")]), name
+    for name, value in (MUON | OTHERWISE).items():
+        default = defaults[name.replace("-", "_")]
+        assert value != default if isinstance(default, str) else float(value) != float(default), name

@@ -19,7 +19,7 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.optim.optimizers import OPTIMIZERS, load_optimizer_tensors, optimizer_tensors
 from gpt2_ddp.optim.rule import AdamW, OptimizerRule, parameter_groups
-from gpt2_ddp.optim.schedules import SCHEDULES, Cosine
+from gpt2_ddp.optim.schedules import SCHEDULES, Cosine, Linear, WarmupStableDecay
 from gpt2_ddp.optim.updates import SkipCount, apply_update, set_learning_rate
 
 CPU = torch.device("cpu")
@@ -72,6 +72,40 @@ def assert_same_bytes(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def test_schedule_in_closed_form(step: int, expected: float) -> None:
     rate = Cosine(max_steps=110, warmup_steps=10, max_lr=6e-4, final_lr=6e-5).rate(step)
     assert rate == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "linear", "stable"),
+    [
+        (5, 0.5, 0.5),
+        (10, 1.0, 1.0),
+        (35, 0.75, 1.0),
+        (66, 0.44, 1.0),
+        (77, 0.33, 0.75),  # a quarter of the 44 steps that are four tenths of all
+        (109, 0.01, 1 / 44),
+        (110, 0.0, 0.0),
+        (111, 0.0, 0.0),
+    ],
+)
+def test_lines_in_closed_form(step: int, linear: float, stable: float) -> None:
+    flags: dict[str, Any] = {"max_steps": 110, "warmup_steps": 10, "max_lr": 1.0, "final_lr": 0.0}
+    assert Linear(**flags).rate(step) == pytest.approx(linear, abs=1e-12)
+    wsd = WarmupStableDecay(**flags, cooldown_fraction=0.4)
+    assert wsd.rate(step) == pytest.approx(stable, abs=1e-12)
+    assert wsd.branch_step == 66
+    assert Linear(**flags).branch_step is None
+
+
+def test_a_rate_that_stays_is_the_very_one_and_does_not_depend_on_the_length() -> None:
+    one, longer = (
+        WarmupStableDecay(max_steps=steps, warmup_steps=5, max_lr=1e-2, final_lr=1e-3, cooldown_fraction=0.25)
+        for steps in (100, 1000)
+    )
+    assert [one.rate(step) for step in range(1, 76)] == [longer.rate(step) for step in range(1, 76)]
+    assert one.rate(75) == 1e-2 > one.rate(76)
+    assert TrainConfig(schedule="wsd").final_lr == TrainConfig(schedule="linear", min_lr=0.0).final_lr == 0.0
+    all_of_it = WarmupStableDecay(max_steps=100, warmup_steps=5, max_lr=1.0, final_lr=0.0, cooldown_fraction=1.0)
+    assert [all_of_it.rate(step) for step in (5, 100)] == [1.0, 0.0]
 
 
 def test_schedule_at_its_edges() -> None:
@@ -181,7 +215,11 @@ def inf_loss(_: list[nn.Parameter]) -> Tensor:
 @pytest.mark.parametrize("spoil", [nan_in_one_gradient, inf_in_one_gradient, nan_loss, inf_loss])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("first", [True, False], ids=["first-update", "later-update"])
-@pytest.mark.parametrize("rule", [ADAMW, Momentum(weight_decay=DECAY)], ids=["fused AdamW", "momentum in Python"])
+@pytest.mark.parametrize(
+    "rule",
+    [ADAMW, Momentum(weight_decay=DECAY), optimizer_rule(TrainConfig(optimizer="muon"))],
+    ids=["fused AdamW", "momentum in Python", "Muon"],
+)
 def test_a_bad_update_leaves_everything_as_if_it_had_not_been(
     rule: OptimizerRule, scaled: bool, spoil: Spoil, first: bool
 ) -> None:
@@ -250,7 +288,7 @@ def test_skips_are_counted_in_all_and_in_a_row() -> None:
 
 def test_the_names_that_the_command_line_takes_are_those_of_the_registries() -> None:
     assert set(get_args(get_type_hints(TrainConfig)["optimizer"])) == OPTIMIZERS.keys()
-    assert TrainConfig().schedule in SCHEDULES
+    assert set(get_args(get_type_hints(TrainConfig)["schedule"])) == SCHEDULES.keys()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
