@@ -2,6 +2,7 @@
 # GPT-2 1558M on eight A100s of 80 GB: 10 billion tokens of FineWeb-Edu, 9,537 steps of 1,048,576 tokens.
 # Learning rate, batch and warm-up of 375 million tokens: GPT-3 (Brown et al. 2020), table 2.1 and appendix B,
 # its 1.3B model, the nearest.
+# That 124M learns better at three times its rate (gpt2_124m_8xa100.sh) is published for no other size.
 # 8 sequences a GPU at a time: 42 GiB with weights, gradients and moments
 # by the arithmetic of docs/gpus.md, not measured. Cards of 40 GB: gpt2_1558m_8xa100_40gb.sh.
 #
