@@ -24,7 +24,7 @@ def test_any_number_of_ranks_gives_the_same_bits(
     shared_folder: Path, data_dir: Path, tmp_path: Path, nproc: int
 ) -> None:
     clean = warm.clean_run(shared_folder, data_dir, *SAME)
-    warm.train_ranks(nproc, tmp_path / "run", data_dir, *SAME)
+    warm.fork_ranks(nproc, tmp_path / "run", data_dir, *SAME)
     assert final_hashes(tmp_path / "run") == final_hashes(clean)
     assert data_hashes(tmp_path / "run") == data_hashes(clean)
 
@@ -34,8 +34,8 @@ def test_a_number_of_ranks_that_changes_at_every_resume_gives_the_same_bits(
 ) -> None:
     clean, out_dir = warm.clean_run(shared_folder, data_dir, *DROPOUT), tmp_path / "run"
     warm.train(out_dir, data_dir, *DROPOUT, faults={"stop_after": {"step": 3}}, status=75)
-    warm.train_ranks(2, out_dir, data_dir, *DROPOUT, faults={"stop_after": {"step": 5}})
-    warm.train_ranks(4, out_dir, data_dir, *DROPOUT, faults={"stop_after": {"step": 10}})
+    warm.fork_ranks(2, out_dir, data_dir, *DROPOUT, faults={"stop_after": {"step": 5}})
+    warm.fork_ranks(4, out_dir, data_dir, *DROPOUT, faults={"stop_after": {"step": 10}})
     warm.train(out_dir, data_dir, *DROPOUT)
     assert final_hashes(out_dir) == final_hashes(clean)
     assert data_hashes(out_dir) == data_hashes(clean)
@@ -47,8 +47,8 @@ def test_without_the_flag_a_resume_on_four_ranks_gives_the_same_bits(
     """Four, because the sum of two gradients does not depend on their order."""
     flags = ("--dropout", "0.1")
     clean = warm.clean_run(shared_folder, data_dir, *flags, nproc=4)
-    warm.train_ranks(4, tmp_path / "run", data_dir, *flags, faults={"stop_after": {"step": 5}})
-    warm.train_ranks(4, tmp_path / "run", data_dir, *flags)
+    warm.fork_ranks(4, tmp_path / "run", data_dir, *flags, faults={"stop_after": {"step": 5}})
+    warm.fork_ranks(4, tmp_path / "run", data_dir, *flags)
     assert final_hashes(tmp_path / "run") == final_hashes(clean)
     assert data_hashes(tmp_path / "run") == data_hashes(clean)
 

@@ -30,7 +30,9 @@ from gpt2_ddp.optim import updates
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.speed import MatmulSpeed
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def this_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def before_step(do: Callable[[Run, StepBatch], None]) -> None:
@@ -73,7 +75,7 @@ def stop_after(*, step: int) -> None:
 
 def hold(*, where: str, step: int, rank: int = 0) -> None:
     """Wait once on one rank, at the beginning of a step or a validation."""
-    if rank != RANK:
+    if rank != this_rank():
         return
     if where == "step":
         before_step(lambda run, batch: wait_to_go(run, "held") if batch.step == step else None)
@@ -114,7 +116,7 @@ def kill(*, steps: Sequence[int], rank: int = 0, when_saved: bool = False) -> No
     """SIGKILL this process at the beginning of `steps`, once at each; with `when_saved` after the last save due."""
 
     def die(run: Run, batch: StepBatch) -> None:
-        if batch.step in steps and rank == RANK and first_time(run.config.out_dir / f"killed{batch.step}"):
+        if batch.step in steps and rank == this_rank() and first_time(run.config.out_dir / f"killed{batch.step}"):
             due = run.state.step // run.config.checkpoint_every * run.config.checkpoint_every
             while when_saved and not (run.config.out_dir / "checkpoints" / checkpoint.step_name(due)).exists():
                 time.sleep(0.01)
@@ -144,7 +146,7 @@ def non_finite(*, steps: Sequence[int], where: str, value: float, rank: int = 0)
     struck: list[int] = []
 
     def strike(run: Run, batch: StepBatch) -> None:
-        if batch.step not in steps or rank != RANK:
+        if batch.step not in steps or rank != this_rank():
             return
 
         def once(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ def flip_bit(*, step: int, rank: int, tensor: str) -> None:
     """
 
     def flip(run: Run, batch: StepBatch) -> None:
-        if batch.step == step and rank == RANK and first_time(run.config.out_dir / "flipped"):
+        if batch.step == step and rank == this_rank() and first_time(run.config.out_dir / "flipped"):
             tensors = weights_and_moments(run.model, run.optimizer)
             tensors[tensor].data.view(-1)[-1:].view(torch.int32).bitwise_xor_(1 << 20)
 
@@ -256,16 +258,16 @@ def fill_disk(*, step: int, until: int = 0) -> None:
 
 def other_data(*, rank: int, data_dir: str) -> None:
     """One rank is given another data directory."""
-    if rank == RANK:
+    if rank == this_rank():
         sys.argv += ["--data-dir", data_dir]
 
 
 def matmuls(*, float32: Sequence[float], bfloat16: Sequence[float]) -> None:
     """This rank multiplies so fast, in FLOP/s by rank; what is asked of it is told on stderr."""
-    speed = MatmulSpeed(float32=float32[RANK], bfloat16=bfloat16[RANK])
+    speed = MatmulSpeed(float32=float32[this_rank()], bfloat16=bfloat16[this_rank()])
 
     def measure_speed(requested: str, *_: object) -> MatmulSpeed | None:
-        sys.stderr.write(f"rank {RANK} is measured for {requested}\n")
+        sys.stderr.write(f"rank {this_rank()} is measured for {requested}\n")
         return speed if requested == "auto" else None
 
     settling.measure_speed = measure_speed
@@ -273,7 +275,7 @@ def matmuls(*, float32: Sequence[float], bfloat16: Sequence[float]) -> None:
 
 def elsewhere(*, rank: int) -> None:
     """One rank's host has another name."""
-    if rank == RANK:
+    if rank == this_rank():
         socket.gethostname = lambda: "elsewhere"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import torch
-from drivers.faults import RANK, before_step
+from drivers.faults import before_step, this_rank
 from functorch.compile import nop
 from torch._dynamo.backends.common import aot_autograd
 from torch.distributed import TCPStore
@@ -79,7 +79,7 @@ def broken_compiler(*, backward: bool, rank: int | None = None) -> None:
         raise RuntimeError("PassManager::run failed\nfor this architecture")
 
     broken = aot_autograd(fw_compiler=nop, bw_compiler=fail) if backward else fail
-    torch.compile = functools.partial(torch.compile, backend=broken if rank in (None, RANK) else "eager")
+    torch.compile = functools.partial(torch.compile, backend=broken if rank in (None, this_rank()) else "eager")
 
 
 def missing(*, module: str) -> None:

@@ -57,7 +57,7 @@ def leave(main: Callable[[], None]) -> None:
 
 
 def serve() -> None:
-    """Answer each request, one line of JSON: `argv`, `faults`, `output`, `console` start a trainer, `wait` waits."""
+    """Answer each request, one line of JSON: `argv`, `faults`, `env`, `output`, `console` start one, `wait` waits."""
     files = opening.tokenizer_files()
     opening.tokenizer_files = lambda: files
     gc.freeze()  # else each child would copy all of this process's objects when it looks for garbage
@@ -68,6 +68,7 @@ def serve() -> None:
             answer = os.waitstatus_to_exitcode(status)
         elif (answer := os.fork()) == 0:
             os.setsid()
+            os.environ.update(request["env"])
             for number, name in ((1, "stdout"), (2, "stderr")):
                 path = request["console"] or f"{request['output']}.{name}"
                 # a terminal becomes the session's own where it is opened for reading too

@@ -1,4 +1,4 @@
-"""Runs the tiny trainer of trainer.py: in forked processes, which start at once, or under torchrun."""
+"""Runs the tiny trainer of trainer.py: one or several ranks in forked processes, which start at once; or torchrun."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 from filelock import FileLock
 from running import ROOT, environment, python
+from torch.distributed import TCPStore
 
 DRIVER = Path(__file__).parent / "trainer.py"
 TINY = {
@@ -104,10 +105,18 @@ class Trainer:
         return Ended(returncode=returncode, stdout=said[0], stderr=said[1])
 
 
-def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, console: str = "") -> Trainer:
+def start(
+    out_dir: Path,
+    data_dir: Path,
+    *more: str,
+    faults: Faults | None = None,
+    console: str = "",
+    env: Mapping[str, str] | None = None,
+) -> Trainer:
     """Start to train on one rank and return at once; with `console` stdout and stderr go to that file or terminal."""
     output = Path(tempfile.mkdtemp()) / "output"
-    pid = ask(argv=flags(out_dir, data_dir, *more), faults=faults or {}, output=str(output), console=console)
+    argv = flags(out_dir, data_dir, *more)
+    pid = ask(argv=argv, faults=faults or {}, env=dict(env or {}), output=str(output), console=console)
     return Trainer(pid=pid, output=output)
 
 
@@ -171,6 +180,28 @@ def train_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, status: i
     return done
 
 
+def fork_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None) -> Ended:
+    """Train on forked ranks, which find torchrun's variables and store, until each has ended with 0; rank 0's end.
+
+    For what ranks compute together. What torchrun does, to start, restart and end them, takes torchrun: `train_ranks`.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torchrun = {
+        "TORCHELASTIC_RUN_ID": "forked",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+    }
+    places = [torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
+    trainers = [start(out_dir, data_dir, *more, faults=faults, env=place) for place in places]
+    ended = [trainer.wait() for trainer in trainers]
+    for rank, done in enumerate(ended):
+        assert done.returncode == 0, f"rank {rank}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return ended[0]
+
+
 def clean_run(shared_folder: Path, data_dir: Path, *more: str, nproc: int = 0, faults: Faults | None = None) -> Path:
     """A finished run that nothing disturbed, made once a session. Copy it to change it."""
     key = f"tiny{nproc}-{functools.reduce(lambda text, part: text + part, more, '')}{json.dumps(faults or {})}"
@@ -179,7 +210,7 @@ def clean_run(shared_folder: Path, data_dir: Path, *more: str, nproc: int = 0, f
         if not (folder / "done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             if nproc:
-                train_ranks(nproc, folder, data_dir, *more, faults=faults)
+                fork_ranks(nproc, folder, data_dir, *more, faults=faults)
             else:
                 train(folder, data_dir, *more, faults=faults)
             (folder / "done").touch()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drivers.faults import RANK, before_step
+from drivers.faults import before_step, this_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ddp import periodic, train
@@ -132,7 +132,7 @@ def watch_shares(*, listing: str) -> None:
             hook = model.wte.register_forward_pre_hook(count)
             found = work()
             hook.remove()
-            Path(f"{listing}{RANK}").write_text(json.dumps(tokens))
+            Path(f"{listing}{this_rank()}").write_text(json.dumps(tokens))
             return found
 
         return watched

@@ -99,7 +99,7 @@ def test_ranks_compile_one_graph_for_all_blocks_and_none_after_the_warm_up(data_
     """DDP, which could cut a graph where its buckets end, changes nothing; in bfloat16 the head's loss is another."""
     counted_calls = {"watch_compiled": {"listing": str(tmp_path / "calls")}}
     flags = ("--max-steps", "3", "--compile", "on", "--dtype", "bfloat16", "--dropout", "0.1")
-    warm.train_ranks(2, tmp_path / "run", data_dir, *flags, faults=counted_calls)
+    warm.fork_ranks(2, tmp_path / "run", data_dir, *flags, faults=counted_calls)
     ranks = [json.loads(calls.read_text()) for calls in tmp_path.glob("calls.*")]
     losses = 3 * 2  # computed with their gradients, for which autograd is not needed
     assert ranks == [{"train": losses * 2, "other": losses, "graphs": 2, "later graphs": 0}] * 2
@@ -195,7 +195,7 @@ def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path
                "--check-ranks-every=3", "--tensorboard"]  # fmt: skip
     watchers = {"work_clock": {"step": 1.0, "beside": 100.0}, "known_peak": {"flops": 5e9},
                 "watch_shares": {"listing": str(tmp_path / "rank")}}  # fmt: skip
-    done = warm.train_ranks(2, out_dir, data_dir, *flags, *cadence, faults=watchers)
+    done = warm.fork_ranks(2, out_dir, data_dir, *flags, *cadence, faults=watchers)
     assert final_hashes(out_dir) == final_hashes(clean_run(nproc=2))
 
     clean = {entry["step"]: entry for entry in metrics(clean_run(nproc=2))}

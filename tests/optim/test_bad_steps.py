@@ -54,7 +54,7 @@ def test_an_update_that_is_not_finite_is_left_out(
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all(data_dir: Path, tmp_path: Path) -> None:
     """The ranks compare their weights at each save, so that one which had updated would be found."""
     bad = {"non_finite": {"steps": [3, 7], "where": "gradient", "value": math.inf, "rank": 1}}
-    warm.train_ranks(2, tmp_path / "bad", data_dir, faults=bad)
+    warm.fork_ranks(2, tmp_path / "bad", data_dir, faults=bad)
     assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
     warm.train(tmp_path / "out", data_dir, faults={"leave_out": {"steps": [3, 7]}})
     for name in ("model.safetensors", "optimizer.safetensors"):  # of one rank, up to the order of a sum
@@ -63,7 +63,7 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(data_dir: Path, tmp_p
 
 def test_so_it_is_where_ranks_sum_in_a_tree(data_dir: Path, tmp_path: Path) -> None:
     bad = {"non_finite": {"steps": [3, 7], "where": "loss", "value": math.nan, "rank": 1}}
-    warm.train_ranks(2, tmp_path / "bad", data_dir, "--reproducible", faults=bad)
+    warm.fork_ranks(2, tmp_path / "bad", data_dir, "--reproducible", faults=bad)
     assert skipped(tmp_path / "bad") == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
     warm.train(tmp_path / "out", data_dir, "--reproducible", faults={"leave_out": {"steps": [3, 7]}})
     assert final_hashes(tmp_path / "bad") == final_hashes(tmp_path / "out")
@@ -175,7 +175,7 @@ def test_it_goes_back_no_more_often_than_it_may(data_dir: Path, tmp_path: Path) 
 
 def test_two_ranks_go_back_together(data_dir: Path, tmp_path: Path) -> None:
     flags = (*GUARDED, "--reproducible")
-    warm.train_ranks(2, tmp_path / "two", data_dir, *flags, faults=spiky(23))
+    warm.fork_ranks(2, tmp_path / "two", data_dir, *flags, faults=spiky(23))
     warm.train(tmp_path / "one", data_dir, *flags, faults={"pass_over": {"after": 20, "by": 3}})
     two, one = final_hashes(tmp_path / "two"), final_hashes(tmp_path / "one")
     assert two == {**one, "spike_guard": {**one["spike_guard"], "passed_over": 3, "rollbacks": 1}}

@@ -133,8 +133,8 @@ def test_any_number_of_ranks_that_changes_at_every_resume_gives_the_same_bits(
     shared_folder: Path, data_dir: Path, tmp_path: Path
 ) -> None:
     clean, out_dir = warm.clean_run(shared_folder, data_dir, *SAME), tmp_path / "run"
-    warm.train_ranks(2, out_dir, data_dir, *SAME, faults={"stop_after": {"step": 3}})
-    warm.train_ranks(4, out_dir, data_dir, *SAME, faults={"stop_after": {"step": 5}})
+    warm.fork_ranks(2, out_dir, data_dir, *SAME, faults={"stop_after": {"step": 3}})
+    warm.fork_ranks(4, out_dir, data_dir, *SAME, faults={"stop_after": {"step": 5}})
     warm.train(out_dir, data_dir, *SAME)
     assert final_hashes(out_dir) == final_hashes(clean)
     plain = warm.clean_run(shared_folder, data_dir, *SAME[4:])

@@ -127,7 +127,7 @@ def test_a_run_keeps_what_rank_0_measured_unless_a_flag_says_otherwise(tmp_path:
     out_dir = tmp_path / "run"
     fast, slow = [4e11, 1e11], [1e11, 4e11]
     stop = {"stop_after": {"step": 1}}
-    ended = warm.train_ranks(
+    ended = warm.fork_ranks(
         2, out_dir, data_dir, "--dtype=auto", faults={"matmuls": {"float32": slow, "bfloat16": fast}, **stop}
     )
     assert "rank 1 is measured" not in ended.stderr

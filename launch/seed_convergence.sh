@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# GPT-2 124M learns a small text by heart, as a sign that all of it works: 750 steps of 32,768 tokens over tiny Shakespeare,
+# 73 times each of its 338,025 tokens. docs/results.md shows the curve.
+#   python -m data_prep shakespeare --out data/shakespeare      or TEXT=any.txt
+#   bash launch/seed_convergence.sh [trainer flags]             one GPU, or as many as there are
+#   PART=16 bash launch/seed_convergence.sh                     for a CPU: a sixteenth of the text and of the batch, as often
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/find_python.sh
+part=${PART:-1}
+text=${TEXT:-data/shakespeare/tinyshakespeare.txt}
+data=data/seed_convergence_$part
+
+if [ ! -d "$data" ]; then
+  mkdir -p "$data.text"
+  head -c $(($(wc -c <"$text") / part / 100 * 100)) "$text" >"$data.text/text.txt"
+  "$python" -m data_prep text "$data.text" --out "$data" --val-fraction 0
+fi
+# shellcheck disable=SC2086  LAUNCH_FLAGS may hold several
+exec "$python" -m launch ${LAUNCH_FLAGS:-} -- \
+  --model gpt2 --data-dir "$data" --out-dir "runs/seed_convergence_$part" \
+  --sequence-length 1024 --micro-batch-size auto --total-batch-size $((32768 / part)) \
+  --max-steps 750 --warmup-steps 75 --max-lr 6e-4 --weight-decay 0.1 \
+  --val-every 0 --checkpoint-every 50 "$@"
