@@ -1,26 +1,30 @@
-"""AdamW against Muon, each under its schedules: the runs of docs/experiments.md, one after the other.
+"""AdamW against Muon, each under its schedules: every run of docs/experiments.md, its table and its picture.
 
-    python docs/experiments/optimizers.py DATA OUT [--only NAME ...]
+    python docs/experiments/optimizers.py run DATA OUT        one run after the other; start it twice for two at a time
+    python docs/experiments/optimizers.py tell OUT            the table, and OUT/curves.png
 
 DATA is what `python -m data_prep text` made; OUT gets a run directory for each run. A run that is done is left as it
-is, one that was stopped goes on: so several of these may be started, each with other names.
+is, and one that was stopped goes on. What a later stage runs follows from what the stage before has found.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+STEPS, SEEDS = 500, ("1337", "1", "2")
 COMMON = {
     "model": "gpt2-micro",
     "sequence-length": "256",
-    "micro-batch-size": "8",
-    "total-batch-size": "2048",
-    "max-steps": "500",
+    "micro-batch-size": "4",
+    "total-batch-size": "1024",
     "warmup-steps": "25",
     "val-every": "50",
     "val-tokens": "32768",
@@ -30,51 +34,138 @@ COMMON = {
     "compile": "off",
     "log-every": "5",
 }
-RATES = ("1e-3", "2e-3", "4e-3")
-"""The grid, the same for both optimizers. Muon's matrices and the rest of the model take the same rate at first."""
+RATES = ("2e-3", "4e-3", "1e-3")
+"""The grid, the same for both. Under Muon the rest of the model, AdamW's share, takes the rate of the matrices."""
+SCHEDULES = ("linear", "cosine")
+Flags = dict[str, str]
 
 
-def adamw(rate: str, *flags: str) -> tuple[str, ...]:
-    return ("--max-lr", rate, *flags)
+def arm(optimizer: str, schedule: str, rate: str, *, steps: int = STEPS, seed: str = SEEDS[0], **more: str) -> Flags:
+    """The flags of a run beside `COMMON`; those of `more` win."""
+    flags = {"optimizer": optimizer, "schedule": schedule, "max-lr": rate, "max-steps": str(steps), "seed": seed}
+    if optimizer == "muon":
+        flags |= {"muon-lr": rate, "muon-momentum-warmup": "100"}
+    return flags | {name.replace("_", "-"): value for name, value in more.items()}
 
 
-def muon(rate: str, *flags: str) -> tuple[str, ...]:
-    return ("--optimizer", "muon", "--max-lr", rate, "--muon-lr", rate, *flags)
+def name_of(flags: Flags) -> str:
+    usual = {"max-steps": str(STEPS), "seed": SEEDS[0], "muon-lr": flags["max-lr"], "muon-momentum-warmup": "100"}
+    first = [flags["optimizer"], flags["schedule"], flags["max-lr"]]
+    rest = [f"{key}={value}" for key, value in flags.items() if key in usual and value != usual[key]]
+    known = {"optimizer", "schedule", "max-lr", *usual}
+    return "_".join(first + rest + [f"{key}={value}" for key, value in flags.items() if key not in known])
 
 
-def runs() -> dict[str, tuple[str, ...]]:
-    """Every run by its name, with its flags beside `COMMON`, in the order in which they are made."""
-    found: dict[str, tuple[str, ...]] = {}
-    for schedule in ("linear", "cosine"):
-        for rate in ("2e-3", "4e-3", "1e-3"):
-            found[f"adamw-{schedule}-{rate}"] = adamw(rate, "--schedule", schedule)
-            found[f"muon-{schedule}-{rate}"] = muon(rate, "--schedule", schedule)
-    return found
+def events(run: Path, kind: str) -> list[dict[str, float]]:
+    file = run / "metrics.jsonl"
+    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return [line for line in lines if line["event"] == kind]
 
 
-def train(name: str, flags: tuple[str, ...], data: Path, out: Path) -> int:
-    """One run, in a process of one thread."""
-    common = [part for flag, value in COMMON.items() for part in (f"--{flag}", value)]
-    command = [sys.executable, "-m", "gpt2_ddp.train", *common, *flags]
-    command += ["--data-dir", str(data), "--out-dir", str(out / name)]
-    with (out / f"{name}.log").open("a") as log:
+def final_loss(out: Path, flags: Flags) -> float | None:
+    """The validation loss at the last step; None of a run that is not done."""
+    done = [
+        event["val_loss"] for event in events(out / name_of(flags), "val") if event["step"] == int(flags["max-steps"])
+    ]
+    return done[-1] if done else None
+
+
+def best_rate(out: Path, optimizer: str, schedule: str) -> str | None:
+    """The rate of the lowest final loss; None while a run of the grid is not done."""
+    losses = {rate: final_loss(out, arm(optimizer, schedule, rate)) for rate in RATES}
+    known = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(known, key=lambda rate: known[rate]) if len(known) == len(RATES) else None
+
+
+def stages(out: Path) -> Iterator[Flags]:
+    """Every run, in the order in which they are made: the grid, more seeds, shorter runs of Muon, what else was tried.
+
+    A later stage is there once the stages before it are done.
+    """
+    for schedule in SCHEDULES:
+        for rate in RATES:
+            for optimizer in ("adamw", "muon"):
+                yield arm(optimizer, schedule, rate)
+    rates = {(optimizer, s): best_rate(out, optimizer, s) for optimizer in ("adamw", "muon") for s in SCHEDULES}
+    chosen = {key: rate for key, rate in rates.items() if rate is not None}
+    for seed in SEEDS[1:]:
+        for (optimizer, schedule), rate in chosen.items():
+            yield arm(optimizer, schedule, rate, seed=seed)
+    for (optimizer, schedule), rate in chosen.items():
+        if schedule == "linear":
+            yield arm(optimizer, "wsd", rate)
+    if muon := chosen.get(("muon", "linear")):
+        for steps in (290, 350):
+            for seed in SEEDS:
+                yield arm("muon", "linear", muon, steps=steps, seed=seed)
+        yield arm("muon", "linear", muon, muon_momentum_warmup="0")
+        for factor in (0.5, 2.0):  # AdamW's share, the tied embedding before all
+            yield arm("muon", "linear", f"{float(muon) * factor:g}", muon_lr=muon)
+
+
+def train(flags: Flags, data: Path, out: Path) -> int:
+    """One run in a process of one thread, which answers 2 where another one is at it."""
+    given = COMMON | flags
+    command = [sys.executable, "-m", "gpt2_ddp.train", *(part for key in given for part in (f"--{key}", given[key]))]
+    command += ["--data-dir", str(data), "--out-dir", str(out / name_of(flags))]
+    with (out / f"{name_of(flags)}.log").open("a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.run(command, stdout=log, stderr=log, env=environment, cwd=ROOT, check=False).returncode
 
 
+def run(data: Path, out: Path) -> int:
+    """Make every run that is not done, until none is left that this process can make."""
+    out.mkdir(parents=True, exist_ok=True)
+    tried: set[str] = set()
+    while waiting := [flags for flags in stages(out) if name_of(flags) not in tried and final_loss(out, flags) is None]:
+        tried.add(name_of(waiting[0]))
+        print(name_of(waiting[0]), flush=True)
+        if (status := train(waiting[0], data.resolve(), out.resolve())) not in (0, 2):
+            return status
+    return 0
+
+
+def tell(out: Path) -> int:
+    """The table in Markdown, by seeds where there are several, and the curves of validation as a picture."""
+    groups: dict[str, list[Flags]] = {}
+    for flags in stages(out):
+        groups.setdefault(name_of(flags | {"seed": SEEDS[0]}), []).append(flags)
+    print("| run | validation loss at the end | seeds | deviation | s a step |\n|---|---|---|---|---|")
+    for name, members in groups.items():
+        losses = [loss for flags in members if (loss := final_loss(out, flags)) is not None]
+        if losses:
+            steps = [event["step_ms"] / 1000 for flags in members for event in events(out / name_of(flags), "train")]
+            spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
+            row = [name, f"{statistics.mean(losses):.4f}", str(len(losses)), spread, f"{statistics.median(steps):.2f}"]
+            print(f"| {' | '.join(row)} |")
+    draw(out, {name: members for name, members in groups.items() if len(members) > 1})
+    return 0
+
+
+def draw(out: Path, groups: dict[str, list[Flags]]) -> None:
+    import matplotlib.pyplot as plt
+
+    out.mkdir(parents=True, exist_ok=True)
+    _, axes = plt.subplots(figsize=(8, 5))
+    for number, (name, members) in enumerate(groups.items()):
+        for flags in members:
+            found = events(out / name_of(flags), "val")
+            label = name if flags["seed"] == SEEDS[0] else None
+            axes.plot([e["step"] for e in found], [e["val_loss"] for e in found], f"C{number}", label=label, lw=1)
+    axes.set(xlabel="step", ylabel="validation loss")
+    axes.legend()
+    plt.savefig(out / "curves.png", dpi=120)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="these runs alone")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running, telling = commands.add_parser("run"), commands.add_parser("tell")
+    running.add_argument("data", type=Path)
+    for each in (running, telling):
+        each.add_argument("out", type=Path)
     chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    for name, flags in runs().items():
-        if chosen.only is None or name in chosen.only:
-            print(name, flush=True)
-            if status := train(name, flags, chosen.data.resolve(), chosen.out.resolve()):
-                return status
-    return 0
+    return run(chosen.data, chosen.out) if chosen.command == "run" else tell(chosen.out)
 
 
 if __name__ == "__main__":
