@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import ValidationData
 from gpt2_ddp.data.shards import find_shards
 from gpt2_ddp.data.windows import Windows
-from gpt2_ddp.evaluation.validation import validation_loss
+from gpt2_ddp.evaluation.validation import find_byte_counts, validation_loss
 from gpt2_ddp.model.gpt import GPTConfig
 from gpt2_ddp.model.head import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model.memory import USABLE
@@ -28,7 +28,7 @@ BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
 
 @dataclass(frozen=True, kw_only=True)
 class ValLoss(ModelChoice):
-    """Loss on validation shards, over the same tokens whatever the number of ranks."""
+    """Loss on validation shards, a token and a byte of text, over the same tokens whatever the number of ranks."""
 
     data_dir: Path = TrainConfig.data_dir
     """Folder of token shards, as `python -m data_prep` makes it."""
@@ -55,14 +55,19 @@ class ValLoss(ModelChoice):
                     f"shards of {self.data_dir}: give a smaller --sequence-length"
                 )
             context = opened.context
+            vocab_size = opened.gpt.config.vocab_size
+            byte_counts, said = context.run_on_main(lambda: find_byte_counts(self.data_dir, vocab_size))
+            for line in said:
+                opened.warn(line)
             batches = data.batches(rank=context.rank, world_size=context.world_size)
-            loss = validation_loss(opened.gpt, batches, context, opened.precision.autocast())
-            perplexity = math.exp(min(loss, 700.0))
+            found = validation_loss(opened.gpt, batches, context, opened.precision.autocast(), byte_counts)
+            perplexity = math.exp(min(found.val_loss, 700.0))
+            bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits a byte,"
             opened.say(
-                f"{opened.path}: validation loss {loss:.4f} nats a token (perplexity {perplexity:.2f}) "
+                f"{opened.path}: validation loss {found.val_loss:.4f} nats a token (perplexity {perplexity:.2f}){bits} "
                 f"over {data.tokens} tokens of {self.data_dir}, {length} at a time"
             )
-            opened.write_json(self.json, {"val_loss": loss, "tokens": data.tokens})
+            opened.write_json(self.json, asdict(found) | {"tokens": data.tokens})
 
 
 def chosen_micro_batch(opened: OpenModel) -> int:

@@ -28,6 +28,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from running import environment  # noqa: E402
 
+from gpt2_ddp.build.evaluations import Yardsticks  # noqa: E402
 from gpt2_ddp.build.settling import open_sources, plan_batches  # noqa: E402
 from gpt2_ddp.config import TrainConfig  # noqa: E402
 from gpt2_ddp.data.loader import TrainData  # noqa: E402
@@ -87,7 +88,7 @@ def measure(folder: Path, batches: int) -> dict[str, float]:
 
     config = TrainConfig(data_dir=folder, micro_batch_size=64, total_batch_size=524_288)
     plan = plan_batches(config, 1)
-    windows = timed("open and check the data", lambda: open_sources(config, plan)).train
+    windows = timed("open and check the data", lambda: open_sources(config, plan, Yardsticks())).train
     with TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=1) as data:
         timed("first batch of a new run", data.next)
     with TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=RESUMED_STEP) as data:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_ddp.data.shards import write_shard
+from gpt2_ddp.data.shards import Manifest, ShardRecord, read_shard, write_manifest, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -47,6 +47,27 @@ def write_shards(
         for number, size in enumerate(sizes):
             tokens = (generator.random(size) ** 3 * 500).astype(np.uint16)
             write_shard(folder / f"{split}_{number:06d}.bin", tokens)
+    return folder
+
+
+def describe(folder: Path, *, source: str = "tests", tokenizer: str = "gpt2") -> Path:
+    """Put a manifest beside the shards in `folder`, as data_prep does."""
+    records = [
+        ShardRecord(name=path.name, tokens=read_shard(path).tokens, sha256=sha256(path))
+        for path in sorted(folder.glob("*.bin"))
+    ]
+    manifest = Manifest(
+        source=source,
+        revision="1",
+        settings={},
+        documents={"train": 1, "val": 1},
+        shards=tuple(records),
+        complete=True,
+        next_chunk=0,
+        unfinished={"train": 0, "val": 0},
+        tokenizer=tokenizer,
+    )
+    write_manifest(folder, manifest)
     return folder
 
 

