@@ -14,13 +14,15 @@ import tyro
 from eval.published import CHANCE, published_for
 from eval.run_state import died
 from gpt2_ddp.evaluation.hellaswag import PROTOCOLS
+from gpt2_ddp.evaluation.reference import Reference, fitting
 from gpt2_ddp.system.cli import tell
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.files import json_object
+from gpt2_ddp.system.files import json_object, read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.typing import ColorType, LineStyleType
 
 LARGEST = 1e15
@@ -78,10 +80,12 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What a run's metrics.jsonl holds for the panels, in their order, and the protocols of its HellaSwag scores."""
+    """What a run's metrics.jsonl holds for the panels, in their order, the protocols of its HellaSwag scores, and the
+    published curves that it may be compared with."""
 
     curves: list[Curve]
     protocols: set[str]
+    references: tuple[Reference, ...]
 
 
 def read_history(run: Path) -> History:
@@ -106,7 +110,17 @@ def read_history(run: Path) -> History:
                 curve.values.append(value * panel.scale)
     if not any(curve.steps for curve in curves):
         raise UserError(f"{path} has nothing to plot yet")
-    return History(curves=curves, protocols=protocols)
+    return History(curves=curves, protocols=protocols, references=_references(path.parent / "config.json"))
+
+
+def _references(config_file: Path) -> tuple[Reference, ...]:
+    """What fits a run by its config.json; nothing where that is missing or broken, which is no reason not to draw."""
+    try:
+        told = read_json(config_file)
+    except (OSError, UserError):
+        return ()
+    config = told.get("config")
+    return fitting(config, told.get("data_source")) if isinstance(config, dict) else ()
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
@@ -151,6 +165,8 @@ def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(5.2 * columns, 3.6 * math.ceil(len(shown) / columns) + 0.7), layout="constrained")
     colors = [colormaps["tab10"](index % 10) for index in range(len(names))]
     styles: list[LineStyleType] = ["-" if index < 10 else "--" if index < 20 else ":" for index in range(len(names))]
+    runs = [Line2D([], [], color=color, linestyle=style) for color, style in zip(colors, styles, strict=True)]
+    handles = dict(zip(names, runs, strict=True))
     for place, index in enumerate(shown, start=1):
         axes = figure.add_subplot(math.ceil(len(shown) / columns), columns, place)
         axes.set(title=PANELS[index].title, ylabel=PANELS[index].unit, xlabel="step")
@@ -158,18 +174,44 @@ def draw(histories: Sequence[History], names: Sequence[str]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, last)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        handles |= _draw_references(axes, PANELS[index], histories, last)
         for history, color, style in zip(histories, colors, styles, strict=True):
             _draw_curve(axes, history.curves[index], color, style, noisy=PANELS[index].key != "lr")
         if PANELS[index].key == "acc_norm":
             _draw_published(axes, sorted(set().union(*(history.protocols for history in histories))))
         if PANELS[index].key == "tokens_per_sec":
             axes.set_ylim(0, 1.1 * max(value for history in histories for value in history.curves[index].values))
-    if len(names) == 1:
+    if len(handles) == 1:
         figure.suptitle(names[0], fontweight="bold")
     else:
-        handles = [Line2D([], [], color=color, linestyle=style) for color, style in zip(colors, styles, strict=True)]
-        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
+        columns = min(4, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, frameon=False)
     return figure
+
+
+def _draw_references(axes: Axes, panel: Panel, histories: Sequence[History], last: float) -> dict[str, Line2D]:
+    """Grey, up to step `last`: the published curves of a panel that the runs may be compared with, by their names.
+
+    HellaSwag's are by the completion protocol, and are left out where no run has a score by that.
+    """
+    if panel.key not in ("val_loss", "acc_norm"):
+        return {}
+    drawn: dict[str, Line2D] = {}
+    for history in histories:
+        for reference in history.references:
+            batch = reference.recipe["total_batch_size"]
+            steps = [point.tokens / batch for point in reference.points if point.tokens <= last * batch]
+            name = f"published: {reference.name}"
+            other_protocol = panel.key == "acc_norm" and "completion" not in history.protocols
+            if name in drawn or other_protocol or not steps:
+                continue
+            if last * batch < reference.points[-1].tokens:
+                steps.append(last)
+            values = [panel.scale * (reference.at(step * batch, panel.key) or 0.0) for step in steps]
+            style, marker = ("", "D") if len(steps) == 1 else (("-", "--", ":")[len(drawn) % 3], "")
+            [line] = axes.plot(steps, values, color="0.65", linestyle=style, linewidth=2, marker=marker, zorder=1)
+            drawn[name] = line
+    return drawn
 
 
 def _draw_curve(axes: Axes, curve: Curve, color: ColorType, style: LineStyleType, *, noisy: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.checkpoint.state import checkpoint_files
+from gpt2_ddp.data.shards import read_manifest
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer
@@ -49,7 +50,9 @@ def note_start(run: Run) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    values = {"config": run.config.to_json(), "data_fingerprint": run.data_fingerprint, "starts": [*starts, start]}
+    manifest = read_manifest(run.config.data_dir)
+    data = {"data_source": manifest and manifest.source, "data_fingerprint": run.data_fingerprint}
+    values = {"config": run.config.to_json(), **data, "starts": [*starts, start]}
     replace_file(file, json.dumps(values, indent=2) + "\n")
 
 

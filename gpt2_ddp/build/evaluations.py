@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import ValidationData
-from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
 from gpt2_ddp.evaluation.interface import Evaluation
+from gpt2_ddp.evaluation.reference import OnTrack, Reference, fitting
 from gpt2_ddp.evaluation.sampling import Sample
 from gpt2_ddp.evaluation.validation import ByteCounts, Validation, find_byte_counts
 from gpt2_ddp.model.gpt import model_config
@@ -19,14 +20,16 @@ from gpt2_ddp.system.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Yardsticks:
-    """What validations are measured by beside the loss; `said` are lines for the person who watches."""
+    """What validations are measured by: the bytes of the tokens, and published runs that this one may be compared with;
+    `said` are lines for the person who watches."""
 
     byte_counts: ByteCounts | None = None
+    references: tuple[Reference, ...] = ()
     said: list[str] = field(default_factory=list)
 
 
 def find_yardsticks(config: TrainConfig) -> Yardsticks:
-    """The yardsticks of a run with validations. Runs on rank 0, whose disk alone has to have the vocabulary.
+    """The yardsticks of a run with validations. Runs on rank 0, whose disk alone has to have what is read.
 
     Raises:
         UserError: where the data's manifest is none.
@@ -34,7 +37,10 @@ def find_yardsticks(config: TrainConfig) -> Yardsticks:
     if not config.val_every:
         return Yardsticks()
     byte_counts, said = find_byte_counts(config.data_dir, model_config(config.model).vocab_size)
-    return Yardsticks(byte_counts=byte_counts, said=said)
+    manifest = read_manifest(config.data_dir)
+    references = fitting(config.to_json(), manifest.source if manifest else None)
+    said += [f"reference for validations: {reference.name}, {reference.source}" for reference in references]
+    return Yardsticks(byte_counts=byte_counts, references=references, said=said)
 
 
 def make_evaluations(config: TrainConfig, micro_batch_size: int, yardsticks: Yardsticks) -> Iterator[Evaluation]:
@@ -46,7 +52,8 @@ def make_evaluations(config: TrainConfig, micro_batch_size: int, yardsticks: Yar
     length = config.sequence_length
     if config.val_every:
         data = open_validation(config, micro_batch_size)
-        yield Validation(every=config.val_every, data=data, byte_counts=yardsticks.byte_counts)
+        track = OnTrack(yardsticks.references, config.to_json())
+        yield Validation(every=config.val_every, data=data, byte_counts=yardsticks.byte_counts, track=track)
     if config.hellaswag_every:
         examples = read_examples(config.hellaswag_data)
         yield HellaSwag(

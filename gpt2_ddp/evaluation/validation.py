@@ -20,6 +20,7 @@ from gpt2_ddp.data.tokenizer import token_bytes
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.evaluation.interface import Findings
+from gpt2_ddp.evaluation.reference import OnTrack
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.head import head_loss
 from gpt2_ddp.system.errors import UserError
@@ -96,11 +97,13 @@ class Validation:
     every: int
     data: ValidationData
     byte_counts: ByteCounts | None
+    track: OnTrack
 
     def run(self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int) -> Findings:
         batches = self.data.batches(rank=context.rank, world_size=context.world_size)
         found = validation_loss(model, batches, context, autocast, self.byte_counts)
         tokens = self.data.tokens
         bits = "" if found.bits_per_byte is None else f" ({found.bits_per_byte:.4f} bits per byte)"
-        line = f"step {step} | val loss: {found.val_loss:.6f}{bits} over {tokens} tokens"
+        beside = self.track.beside(step, found.val_loss)
+        line = f"step {step} | val loss: {found.val_loss:.6f}{bits} over {tokens} tokens{beside}"
         return Findings(line=line, values=asdict(found) | {"tokens": tokens})

@@ -100,7 +100,8 @@ def test_a_wheel_holds_all_of_the_package_and_works_far_from_the_checkout(tmp_pa
     [wheel] = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", f"--target={tmp_path / 'site'}", wheel], check=True)
     modules = [name for name in SOURCES if room(name)]
-    script = f"import importlib\nfor name in {modules}: print(importlib.import_module(name).__file__)"
+    script = f"import importlib\nfor name in {modules}: print(importlib.import_module(name).__file__)\n"
+    script += "from gpt2_ddp.evaluation import reference\nassert reference.read_references(); print(reference.FILE)"
     env = environment() | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

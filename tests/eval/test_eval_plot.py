@@ -20,6 +20,7 @@ from running import metrics, python, run
 
 from eval.plot import Plot, draw, read_history, run_names
 from eval.run_state import died
+from gpt2_ddp.evaluation import reference
 
 TITLES = ["Training loss", "Validation loss", "HellaSwag", "Learning rate", "Gradient norm", "Speed"]
 
@@ -80,6 +81,59 @@ def test_hellaswag_stands_between_the_published_lines(tmp_path: Path, protocol: 
     labels = [text.get_text() for text in axes.texts]
     assert labels == ["chance 25%", f"GPT-2 124M {gpt2}%", "GPT-3 Small (124M) 33.7%"]
     assert protocol in axes.get_title()
+
+
+PUBLISHED = {
+    "name": "a curve",
+    "source": "a page",
+    "data": ["tests"],
+    "recipe": {"model": "gpt2", "sequence_length": 64, "total_batch_size": 256, "max_lr": 1e-3},
+    "points": [[2560, 4.0, 0.25], [5120, 3.0, 0.26], [20480, 2.0, 0.3]],
+}
+
+
+def published_run(folder: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, source: str = "tests") -> Path:
+    """A run of 40 steps on `source` that the published curve, of 80 steps, fits where that is "tests"."""
+    file = folder.parent / "reference.json"
+    file.write_text(json.dumps({"clearly_off": {"nats": 1, "from_tokens": 1}, "references": [PUBLISHED]}))
+    monkeypatch.setattr(reference, "FILE", file)
+    config = {"config": PUBLISHED["recipe"], "data_source": source}
+    (full_run(folder, protocol=protocol) / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def grey(axes: Any) -> list[tuple[list[float], list[float]]]:
+    lines = [line for line in axes.get_lines() if line.get_color() == "0.65"]
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+def test_the_published_curve_of_a_run_is_drawn_in_grey_as_far_as_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = published_run(tmp_path / "a", monkeypatch, "completion")
+    figure = draw([read_history(folder)], ["a"])
+    panels = dict(zip(TITLES, figure.axes, strict=True))
+    end = 40 * 1.02  # of the axes
+    along = math.log(end * 256 / 5120) / math.log(4)
+    assert grey(panels["Validation loss"]) == [([10, 20, end], pytest.approx([4, 3, 3 - along]))]
+    assert grey(panels["HellaSwag"]) == [([10, 20, end], pytest.approx([25, 26, 26 + 4 * along]))]
+    assert all(not grey(panels[title]) for title in TITLES if title not in ("Validation loss", "HellaSwag"))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "published: a curve"]
+
+
+def test_what_is_published_of_other_runs_and_other_protocols_is_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = read_history(published_run(tmp_path / "harness", monkeypatch, "harness"))
+    other = read_history(published_run(tmp_path / "other", monkeypatch, "completion", source="elsewhere"))
+    figure = draw([harness, other], ["harness", "other"])
+    assert [len(grey(axes)) for axes in figure.axes] == [0, 1, 0, 0, 0, 0]
+    figure = draw([other], ["other"])
+    assert not any(grey(axes) for axes in figure.axes)
+    assert not figure.legends
+    (tmp_path / "harness" / "config.json").write_text('{"config": ')
+    assert read_history(tmp_path / "harness").references == ()
 
 
 def test_panels_without_a_value_are_left_out_and_runs_have_colours_and_names(tmp_path: Path) -> None:
