@@ -127,7 +127,7 @@ def test_what_is_off_is_told_of_the_flags_that_differ_once_in_ten(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_preset_for_10_billion_tokens_matches_the_published_curve(
+def test_the_preset_for_10_billion_tokens_matches_what_is_published(
     monkeypatch: pytest.MonkeyPatch, streaming: bool
 ) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a"]})
@@ -137,7 +137,7 @@ def test_the_preset_for_10_billion_tokens_matches_the_published_curve(
     text = (Path(__file__).parents[2] / "launch" / "gpt2_124m_8xa100.sh").read_text()
     asked = {name.replace("-", "_"): float(value) for name, value in re.findall(r"--([a-z-]+) ([\d.e-]+)", text)}
     config = TrainConfig().to_json() | asked
-    [curve] = fitting(config, source)
+    [end, curve] = fitting(config, source)
     learned = {1000: (4.168, 0.256), 2000: (3.666, 0.263), 3000: (3.514, 0.273), 5000: (3.352, 0.276),
                7500: (3.249, 0.285), 10000: (3.185, 0.291), 12500: (3.136, 0.298), 15000: (3.101, 0.304),
                19073: (3.066, 0.307)}  # fmt: skip
@@ -145,8 +145,10 @@ def test_the_preset_for_10_billion_tokens_matches_the_published_curve(
         tokens = step * asked["total_batch_size"]
         assert curve.at(tokens, "val_loss") == pytest.approx(loss, abs=6e-4), step
         assert curve.at(tokens, "acc_norm") == pytest.approx(acc_norm, abs=6e-4), step
-    assert OnTrack([curve], config).beside(3000, 3.52) == " | reference: 3.514 at 1.57 billion tokens"
-    assert "--max-lr" not in OnTrack([curve], config).beside(3000, 4.0)
+    track = OnTrack([end, curve], config)
+    assert track.beside(3000, 3.52) == " | reference: 3.514 at 1.57 billion tokens (garg-aayush, rate 6e-4)"
+    assert track.beside(19073, 3.01) == " | reference: 3.021 at 10.00 billion tokens (garg-aayush, rate 1.8e-3)"
+    assert fitting(config | {"max_lr": 6e-4}, source) == (curve,)
 
 
 def test_each_published_run_is_whole() -> None:
