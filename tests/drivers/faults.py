@@ -117,7 +117,7 @@ def kill(*, steps: Sequence[int], rank: int = 0, when_saved: bool = False) -> No
 
     def die(run: Run, batch: StepBatch) -> None:
         if batch.step in steps and rank == this_rank() and first_time(run.config.out_dir / f"killed{batch.step}"):
-            due = run.state.step // run.config.checkpoint_every * run.config.checkpoint_every
+            due = run.state.step - run.state.step % run.config.checkpoint_every
             while when_saved and not (run.config.out_dir / "checkpoints" / checkpoint.step_name(due)).exists():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -282,21 +282,7 @@ def elsewhere(*, rank: int) -> None:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        slow_steps,
-        stop_after,
-        hold,
-        hold_save,
-        kill,
-        kill_in_save,
-        non_finite,
-        leave_out,
-        spike,
-        pass_over,
-        flip_bit,
-        no_space,
-        fill_disk,
-        other_data,
-        elsewhere,
-        matmuls,
+        slow_steps, stop_after, hold, hold_save, kill, kill_in_save, non_finite, leave_out, spike, pass_over, flip_bit,
+        no_space, fill_disk, other_data, elsewhere, matmuls,
     )
-}
+}  # fmt: skip

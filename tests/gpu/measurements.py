@@ -268,8 +268,7 @@ def speed_ladder(report: Report) -> None:
 
 def largest_model(report: Report) -> None:
     """1558M: `--shard` where it is built; else whether one GPU holds it, and its speed with what is there."""
-    built = hasattr(TrainConfig, "shard")
-    report.add("--shard", "built: measure it by hand" if built else "not built yet")
+    report.add("--shard", "built: measure it by hand" if hasattr(TrainConfig, "shard") else "not built yet")
 
     def fits() -> str:
         scene = find_scene()
