@@ -93,6 +93,9 @@ class TrainConfig:
     """How to score HellaSwag: as build-nanogpt and llm.c do, or as the lm-evaluation-harness does."""
     sample_every: int = 0
     """Steps between two samples of text; 0 is never."""
+    noise_scale_every: int = 0
+    """Steps between two measurements of the gradient noise scale, each of which takes the work of about 1.1 steps and
+    the memory of one more set of gradients; 0 is never."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step always saves one."""
     keep_checkpoints: int = 2
@@ -133,10 +136,10 @@ class TrainConfig:
         for name in ("sequence_length", "micro_batch_size", "total_batch_size", "max_steps", "log_every"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
-        for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "checkpoint_every",
-                     "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit", "check_ranks_every", "max_lr",
-                     "min_lr", "muon_lr", "muon_momentum_warmup", "muon_weight_decay", "weight_decay", "grad_clip",
-                     "seed"):  # fmt: skip
+        for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "noise_scale_every",
+                     "checkpoint_every", "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit",
+                     "check_ranks_every", "max_lr", "min_lr", "muon_lr", "muon_momentum_warmup", "muon_weight_decay",
+                     "weight_decay", "grad_clip", "seed"):  # fmt: skip
             if not 0 <= (getattr(self, name) or 0) < math.inf:  # refuses nan too
                 faults.append(f"{flag(name)} {getattr(self, name)} must be 0 or a positive number")
         for name in ("dropout", "beta1", "beta2", "muon_momentum"):

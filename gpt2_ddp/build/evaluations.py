@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import ValidationData
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
 from gpt2_ddp.evaluation.interface import Evaluation
+from gpt2_ddp.evaluation.noise_scale import NoiseScale
 from gpt2_ddp.evaluation.reference import OnTrack, Reference, fitting
 from gpt2_ddp.evaluation.sampling import Sample
 from gpt2_ddp.evaluation.validation import ByteCounts, Validation, find_byte_counts
@@ -43,15 +45,17 @@ def find_yardsticks(config: TrainConfig) -> Yardsticks:
     return Yardsticks(byte_counts=byte_counts, references=references, said=said)
 
 
-def make_evaluations(config: TrainConfig, micro_batch_size: int, yardsticks: Yardsticks) -> Iterator[Evaluation]:
-    """What `config` asks for, its data found and checked.
+def make_evaluations(
+    config: TrainConfig, plan: BatchPlan, train: Windows, yardsticks: Yardsticks
+) -> Iterator[Evaluation]:
+    """What `config` asks for, its data found and checked; `train` are the windows that are trained on.
 
     Raises:
         UserError: for what is missing, broken or too little.
     """
     length = config.sequence_length
     if config.val_every:
-        data = open_validation(config, micro_batch_size)
+        data = open_validation(config, plan.micro_batch_size)
         track = OnTrack(yardsticks.references, config.to_json())
         yield Validation(every=config.val_every, data=data, byte_counts=yardsticks.byte_counts, track=track)
     if config.hellaswag_every:
@@ -64,6 +68,14 @@ def make_evaluations(config: TrainConfig, micro_batch_size: int, yardsticks: Yar
         )
     if config.sample_every:
         yield Sample(every=config.sample_every, seed=config.seed, sequence_length=length)
+    if config.noise_scale_every:
+        if plan.sequences_per_step < 2:
+            raise UserError(
+                f"--noise-scale-every compares one sequence with a step, and a step of --total-batch-size "
+                f"{config.total_batch_size} is one: give at least {2 * length}, or leave it out"
+            )
+        metrics = config.out_dir / "metrics.jsonl"
+        yield NoiseScale(every=config.noise_scale_every, windows=train, plan=plan, seed=config.seed, metrics=metrics)
 
 
 def open_validation(config: TrainConfig, micro_batch_size: int) -> ValidationData:

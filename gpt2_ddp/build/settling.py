@@ -162,7 +162,7 @@ def open_sources(config: TrainConfig, plan: BatchPlan, yardsticks: Yardsticks) -
     train_shards = find_shards(config.data_dir, "train")
     train = Windows(train_shards, config.sequence_length)
     require_one_step(train, plan)
-    evaluations = tuple(make_evaluations(config, plan.micro_batch_size, yardsticks))
+    evaluations = tuple(make_evaluations(config, plan, train, yardsticks))
     return Sources(train=train, evaluations=evaluations, fingerprint=fingerprint(train_shards))
 
 
