@@ -46,6 +46,7 @@ PANELS = (
     Panel("HellaSwag acc_norm", "% right", "hellaswag", "acc_norm", 100.0),
     Panel("Learning rate", "learning rate x 1000", "train", "lr", 1000.0),
     Panel("Gradient norm before clipping", "L2 norm", "train", "grad_norm"),
+    Panel("Gradient noise scale", "thousand tokens", "noise_scale", "tokens", 0.001),
     Panel("Speed", "thousand tokens per second", "train", "tokens_per_sec", 0.001),
 )
 """A panel that no run has a value for is left out."""

@@ -22,7 +22,7 @@ from eval.plot import Plot, draw, read_history, run_names
 from eval.run_state import died
 from gpt2_ddp.evaluation import reference
 
-TITLES = ["Training loss", "Validation loss", "HellaSwag", "Learning rate", "Gradient norm", "Speed"]
+TITLES = ["Training loss", "Validation loss", "HellaSwag", "Learning rate", "Gradient norm", "Gradient noise", "Speed"]
 
 
 def train_event(step: int, **values: Any) -> dict[str, Any]:
@@ -42,6 +42,8 @@ def full_run(folder: Path, steps: int = 40, protocol: str = "completion") -> Pat
     events = [
         *map(train_event, range(1, steps + 1)),
         {"event": "val", "step": steps, "val_loss": 3.5, "tokens": 9},
+        {"event": "noise_scale", "step": steps - 1, "tokens": None},
+        {"event": "noise_scale", "step": steps, "tokens": 33000.0},
         scores,
     ]
     return write_run(folder, events)
@@ -69,6 +71,7 @@ def test_each_panel_shows_its_metric_with_units(tmp_path: Path) -> None:
     ):
         assert curves(panels[title]) == [(steps, [pytest.approx(event[key] * scale) for event in train])]
     assert curves(panels["Validation loss"]) == [([40], [3.5])]
+    assert curves(panels["Gradient noise"]) == [([40], [pytest.approx(33)])]
     assert curves(panels["HellaSwag"]) == [([40], [pytest.approx(27.5)])]
 
 
@@ -128,7 +131,7 @@ def test_what_is_published_of_other_runs_and_other_protocols_is_not_drawn(
     harness = read_history(published_run(tmp_path / "harness", monkeypatch, "harness"))
     other = read_history(published_run(tmp_path / "other", monkeypatch, "completion", source="elsewhere"))
     figure = draw([harness, other], ["harness", "other"])
-    assert [len(grey(axes)) for axes in figure.axes] == [0, 1, 0, 0, 0, 0]
+    assert [len(grey(axes)) for axes in figure.axes] == [0, 1, 0, 0, 0, 0, 0]
     figure = draw([other], ["other"])
     assert not any(grey(axes) for axes in figure.axes)
     assert not figure.legends
