@@ -37,7 +37,8 @@ class Shards:
     val_tokens: int | None = None
     """Validation split: the first documents, until they have this many tokens."""
     val_fraction: float | None = None
-    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said)."""
+    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said); never
+    the first, and the second in any case."""
     workers: int | None = None
     """Tokenizing processes; all physical cores if nothing is said. The shards do not depend on it."""
 

@@ -104,10 +104,9 @@ class ShardWriter:
         if self._sealed or self._uncommitted >= COMMIT_TOKENS:
             self._commit()
 
-    def finish(self) -> bool:
-        """End the last shards and say so in the manifest.
-
-        Whether all documents fell in the validation split: then they are training data, and there is no such split.
+    def finish(self) -> None:
+        """End the last shards and say so in the manifest. Where all documents fell in the validation split, they are
+        training data, and there is no such split.
 
         Raises:
             UserError: if there is no document; then everything written is removed.
@@ -118,11 +117,10 @@ class ShardWriter:
         for split in list(self._parts):
             self._seal(split)
         self._commit()
-        if undivided := self._documents["train"] == 0:
+        if self._documents["train"] == 0:
             self._make_training_data()
         self.manifest = replace(self.manifest, complete=True)
         write_manifest(self._data_dir, self.manifest)
-        return undivided
 
     def _make_training_data(self) -> None:
         """Call all shards training shards: first in the manifest, so that a restart can finish the renames."""
@@ -224,14 +222,18 @@ def locked(data_dir: Path) -> Iterator[None]:
         yield
 
 
-def validation_documents(data_dir: Path, manifest: Manifest) -> Iterator[Tokens]:
-    """The documents of the validation split that are committed, in order."""
-    records = _records(manifest, "val")
-    arrays = [read_shard(data_dir / record.name).open() for record in records]
-    if tokens := manifest.unfinished["val"]:
-        part = data_dir / (shard_name("val", len(records)) + PART)
-        arrays.append(np.fromfile(part, "<u2", tokens, offset=HEADER_BYTES))
-    return whole_documents(arrays)
+def committed_documents(data_dir: Path, manifest: Manifest, split: Split) -> Iterator[Tokens]:
+    """The documents of a split that are committed, in order; no more is read than is asked for."""
+    records = _records(manifest, split)
+
+    def arrays() -> Iterator[Tokens]:
+        for record in records:
+            yield read_shard(data_dir / record.name).open()
+        if tokens := manifest.unfinished[split]:
+            part = data_dir / (shard_name(split, len(records)) + PART)
+            yield np.fromfile(part, "<u2", tokens, offset=HEADER_BYTES)
+
+    return whole_documents(arrays())
 
 
 def _records(manifest: Manifest, split: Split) -> list[ShardRecord]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gpt2_ddp.data.shards import Manifest, Split, read_manifest
 from gpt2_ddp.system.errors import UserError
 
-from .output import ShardWriter, begin, locked, validation_documents
+from .output import ShardWriter, begin, committed_documents, locked
 from .pool import encoded_chunks
 from .sources import Source
 from .split import ValidationSplit
@@ -97,7 +97,8 @@ def _write(source: Source, out: Path, settings: Settings, workers: int, manifest
     validation = ValidationSplit(
         tokens=settings.val_tokens,
         fraction=settings.val_fraction or 0.0,
-        taken=validation_documents(out, manifest),
+        trained=committed_documents(out, manifest, "train"),
+        taken=committed_documents(out, manifest, "val"),
     )
     writer = ShardWriter(out, manifest, settings.shard_tokens, validation)
     if manifest.next_chunk:
@@ -111,9 +112,9 @@ def _write(source: Source, out: Path, settings: Settings, workers: int, manifest
             bar.update(len(chunk.tokens))
             without_text += chunk.without_text
     with _disk_errors_named(out):
-        undivided = writer.finish()
+        writer.finish()
     print(f"tokenized {bar.n:,} tokens in {bar.format_dict['elapsed']:.1f} s")
     if without_text:
         print(f"left out: {without_text:,} documents without text")
-    if undivided:
+    if (settings.val_tokens or settings.val_fraction) and not writer.manifest.documents["val"]:
         print("too little text for a validation split: all of it is training data")

@@ -132,14 +132,17 @@ def test_equal_documents_share_a_split_however_they_arrive(
     digests: list[int], cut: int, tokens: int | None, fraction: float
 ) -> None:
     def chosen(*bounds: int) -> list[bool]:
-        split = ValidationSplit(tokens=tokens, fraction=fraction, taken=[])
+        split = ValidationSplit(tokens=tokens, fraction=fraction, trained=[], taken=[])
         parts = [np.array(digests[start:stop], np.uint64) for start, stop in pairwise(bounds)]
         return [bool(value) for part in parts for value in split.choose(np.full(len(part), 10), part)]
 
     at_once = chosen(0, len(digests))
     assert chosen(0, min(cut, len(digests)), len(digests)) == at_once
     assert len(set(zip(digests, at_once, strict=True))) == len(set(digests))
-    wanted = tokens if tokens is not None else fraction
-    assert at_once[0] == (wanted > 0)
-    if tokens:
+    if tokens is None:
+        first, second = digests[0], next((digest for digest in digests if digest != digests[0]), None)
+        below = [digest < fraction * 2**64 or (fraction > 0 and digest == second) for digest in digests]
+        assert at_once == [low and digest != first for low, digest in zip(below, digests, strict=True)]
+    else:
+        assert at_once[0] == (tokens > 0)
         assert sum(at_once) * 10 >= min(tokens, 10 * len(digests))

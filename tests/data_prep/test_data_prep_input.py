@@ -15,7 +15,7 @@ from running import checkpoint, metrics, tree, write_shards
 
 from data_prep import output
 from data_prep.commands import Hub, Shards, Text
-from data_prep.encoding import Encoder
+from data_prep.encoding import EncodedChunk, Encoder
 from data_prep.files import Files
 from gpt2_ddp.data.shards import Manifest, ShardRecord, find_shards, write_manifest
 from gpt2_ddp.system import files
@@ -158,13 +158,49 @@ def test_too_little_text_for_a_validation_split_is_training_data(
     assert tree(command.out) == before
 
 
+def test_a_long_text_file_trains_and_its_short_rest_validates(tmp_path: Path) -> None:
+    paragraphs = "".join(f"Paragraph {number} of a book.\n\n" for number in range(2800))
+    (tmp_path / "a.txt").write_text(paragraphs)
+    run(Text(paths=(str(tmp_path / "a.txt"),), out=tmp_path / "out"))
+    [long], [rest] = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
+    assert long + rest == paragraphs
+    assert 0 < 5 * len(rest) < len(long)
+
+
+@pytest.mark.parametrize(("fraction", "in_val"), [(0.999999, "bcd"), (1e-9, "b")])
+def test_the_first_text_trains_and_the_second_validates_wherever_they_come_again(
+    fraction: float, in_val: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fraction, and also where the preparation is interrupted."""
+    texts = list("aabcdacbda")
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=1)  # a chunk of one document each
+    write = output.ShardWriter.write
+
+    def interrupted(writer: output.ShardWriter, chunk: EncodedChunk) -> None:
+        if writer.manifest.next_chunk == stop:
+            raise KeyboardInterrupt
+        write(writer, chunk)
+
+    for stop in (1, 2, 3, 6):
+        out = tmp_path / str(stop)
+        command = Text(paths=(str(tmp_path / "a.parquet"),), out=out, shard_tokens=1, workers=1, val_fraction=fraction)
+        with monkeypatch.context() as patch:
+            patch.setattr(output.ShardWriter, "write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                command.run()
+        assert manifest(out)["next_chunk"] == stop
+        command.run()
+        assert texts_of(out, "val") == [text for text in texts if text in in_val]
+        assert texts_of(out, "train") == [text for text in texts if text not in in_val]
+
+
 @pytest.mark.parametrize("written", [1, 2, 3])
 def test_killed_while_the_shards_become_training_data(
     written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The manifest says so first; whatever rename is the last, a restart does the others."""
     (tmp_path / "a.txt").write_text("one short text")
-    command = Text(paths=(str(tmp_path / "a.txt"),), out=tmp_path / "out", shard_tokens=1)
+    command = Text(paths=(str(tmp_path / "a.txt"),), out=tmp_path / "out", shard_tokens=1, val_tokens=1000)
     renames = iter(range(100))
 
     def rename(source: Path, target: Path) -> None:
