@@ -14,20 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_ddp.data.shards import (
-    HEADER_BYTES,
-    MANIFEST,
-    PART,
-    Manifest,
-    ShardRecord,
-    Split,
-    Tokens,
-    header,
-    read_manifest,
-    read_shard,
-    shard_name,
-    write_manifest,
-)
+from gpt2_ddp.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest, write_manifest
+from gpt2_ddp.data.shards import HEADER_BYTES, PART, Split, Tokens, header, read_shard, shard_name
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import flush, flush_directory, rename, require_writable, sole_use
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from gpt2_ddp.data.shards import Manifest, Split, read_manifest
+from gpt2_ddp.data.manifest import Manifest, read_manifest
+from gpt2_ddp.data.shards import Split
 from gpt2_ddp.system.errors import UserError
 
 from .output import ShardWriter, begin, committed_documents, locked

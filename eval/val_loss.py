@@ -12,8 +12,8 @@ import torch
 
 from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import ValidationData
-from gpt2_ddp.data.shards import find_shards
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.validation import find_byte_counts, validation_loss
 from gpt2_ddp.model.gpt import GPTConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.checkpoint.state import checkpoint_files
-from gpt2_ddp.data.shards import read_manifest
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_ddp.data.shards import Manifest, ShardRecord, read_shard, write_manifest, write_shard
+from gpt2_ddp.data.manifest import Manifest, ShardRecord, write_manifest
+from gpt2_ddp.data.shards import read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import ValidationData
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
 from gpt2_ddp.evaluation.interface import Evaluation

@@ -16,8 +16,9 @@ from gpt2_ddp.build.resume import find_resume, saved_dtype
 from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.directory import find_shards
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.shards import find_shards, read_manifest
 from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data

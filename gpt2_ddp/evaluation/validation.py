@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.data.loader import ValidationData
-from gpt2_ddp.data.shards import read_manifest
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.tokenizer import token_bytes
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.inference import evaluating

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import write_shards
 
+from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import TrainData, ValidationData
 from gpt2_ddp.data.order import chained_hash, permute
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.shards import find_shards, write_shard
+from gpt2_ddp.data.shards import write_shard
 from gpt2_ddp.data.windows import OPEN_SHARDS, Windows, require_one_step
 
 LENGTH = 8

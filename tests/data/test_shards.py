@@ -15,17 +15,9 @@ import numpy as np
 import pytest
 from running import ROOT, run
 
-from gpt2_ddp.data.shards import (
-    Manifest,
-    OpenShard,
-    Shard,
-    ShardRecord,
-    check_tokens,
-    find_shards,
-    read_manifest,
-    write_manifest,
-    write_shard,
-)
+from gpt2_ddp.data.directory import find_shards
+from gpt2_ddp.data.manifest import Manifest, ShardRecord, read_manifest, write_manifest
+from gpt2_ddp.data.shards import OpenShard, Shard, check_tokens, write_shard
 from gpt2_ddp.data.windows import fingerprint
 
 TOKENS = np.arange(5000, dtype=np.uint16)
@@ -205,7 +197,7 @@ def test_the_largest_shard_costs_no_more_than_a_small_one(tmp_path: Path) -> Non
         file.truncate(1024 + 2 * most)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from gpt2_ddp.data.windows import fingerprint; from gpt2_ddp.data.shards import find_shards\n"
+        "from gpt2_ddp.data.windows import fingerprint; from gpt2_ddp.data.directory import find_shards\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); shards = find_shards(Path(sys.argv[1]), 'train'); fingerprint(shards)\n"
         "print(shards[0].open()[-1], shards[0].tokens, (peak() - before) // 1024)"

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_shards import manifest_for, shard_bytes
 
-from gpt2_ddp.data.shards import find_shards, read_manifest, write_manifest
+from gpt2_ddp.data.directory import find_shards
+from gpt2_ddp.data.manifest import read_manifest, write_manifest
 
 MUTATED = st.builds(
     lambda whole, at, new, cut: (whole[:at] + new + whole[at + len(new) :])[:cut],

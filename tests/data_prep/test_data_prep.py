@@ -28,7 +28,7 @@ from data_prep.files import Files
 from data_prep.prepare import Settings
 from gpt2_ddp.build.settling import open_sources, plan_batches
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.data.directory import find_shards
 
 
 def read_all(path: str) -> list[str | None]:

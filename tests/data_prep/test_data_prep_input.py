@@ -17,7 +17,8 @@ from data_prep import output
 from data_prep.commands import Hub, Shards, Text
 from data_prep.encoding import EncodedChunk, Encoder
 from data_prep.files import Files
-from gpt2_ddp.data.shards import Manifest, ShardRecord, find_shards, write_manifest
+from gpt2_ddp.data.directory import find_shards
+from gpt2_ddp.data.manifest import Manifest, ShardRecord, write_manifest
 from gpt2_ddp.system import files
 
 TYPES: dict[str, Any] = {

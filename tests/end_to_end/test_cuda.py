@@ -15,9 +15,9 @@ from running import checkpoint, copy_until, final_hashes, metrics, python, run, 
 from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint.state import weights_and_moments
+from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import TrainData
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.shards import find_shards
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.sampling import generate

@@ -18,7 +18,7 @@ from running import SMALL as TWENTY_STEPS
 from running import checkpoint, final_hashes, metrics, tree
 from safetensors.torch import load_file
 
-from gpt2_ddp.data.shards import find_shards
+from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation import sampling

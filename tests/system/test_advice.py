@@ -25,8 +25,9 @@ from data_prep.encoding import Encoder
 from eval.model_choice import ModelChoice, open_model
 from gpt2_ddp.bench import command as bench
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.shards import Shard, find_shards, write_shard
+from gpt2_ddp.data.shards import Shard, write_shard
 from gpt2_ddp.data.windows import Windows, require_one_step
 
 TEXTS = ["one text", "another text", "a third"]
