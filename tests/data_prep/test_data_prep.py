@@ -26,6 +26,7 @@ from running import run, sha256, tree
 
 from data_prep.files import Files
 from data_prep.prepare import Settings
+from gpt2_ddp.build.evaluations import Yardsticks
 from gpt2_ddp.build.settling import open_sources, plan_batches
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
@@ -66,7 +67,7 @@ def test_demo_is_the_language_reference_by_topic(tmp_path: Path) -> None:
     assert split_tokens(tmp_path, "train") == expected_tokens(texts[in_val:])
     assert f"python train_gpt2.py --data-dir {tmp_path}" in done.stdout
     config = TrainConfig(data_dir=tmp_path)  # whose other defaults are right for it
-    [validation] = open_sources(config, plan_batches(config, world_size=8)).evaluations
+    [validation] = open_sources(config, plan_batches(config, world_size=8), Yardsticks()).evaluations
     assert validation.name == "val"
     assert "tokens/s" in done.stderr
     for record in manifest(tmp_path)["shards"]:
