@@ -41,7 +41,8 @@ def train(
     optimizer = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95).make(model, DistContext())
     train_model: nn.Module = CompiledGPT(model) if compiled else model
     if ddp:  # as `compute.trainable` does: compiled before, since DDP would have graphs cut where its buckets end
-        train_model(ids, ids).backward()
+        with precision.autocast():
+            train_model(ids, ids).backward()
         train_model = DistributedDataParallel(train_model, gradient_as_bucket_view=True)
         for _ in range(2):
             model.zero_grad(set_to_none=True)
