@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ from gpt2_ddp.system.errors import UserError
 class TrainConfig:
     """Train a GPT-2. The same command runs on one process or, under torchrun, on many."""
 
+    config: Path | None = None
+    """Flags from this TOML file, or from a run's config.json; those of the command line win."""
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "gpt2"
     """Size of the model: 124M, 350M, 774M and 1558M parameters, and three small ones."""
     init_from: str | None = None
@@ -112,6 +115,8 @@ class TrainConfig:
     """Steps between two comparisons of the ranks' weights, and before each checkpoint; 0 is never."""
     reproducible: bool = False
     """The same weights to the bit on any power-of-two number of ranks; slower, and on one kind of hardware."""
+    profile_steps: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
+    """Record the steps from A to B: a trace for ui.perfetto.dev in the run directory, a table on the console."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run directory."""
     wandb: bool = False
@@ -149,10 +154,18 @@ class TrainConfig:
             faults.append(f"--val-tokens {self.val_tokens} is less than one sequence of {self.sequence_length}")
         if not 0 < self.cooldown_fraction <= 1:
             faults.append(f"--cooldown-fraction {self.cooldown_fraction} must be above 0 and at most 1")
+        if self.profile_steps is not None and not self.profiled_steps:
+            faults.append(f"--profile-steps {self.profile_steps} must be two steps A:B, as 10:12, A at least 1")
         if not 0 < self.timeout < math.inf:
             faults.append(f"--timeout {self.timeout} must be positive")
         if faults:
             raise UserError("; ".join(faults))
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that --profile-steps names; none where it names none."""
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps or "")
+        return range(int(found[1]), int(found[2]) + 1) if found and int(found[1]) else range(0)
 
     @property
     def final_lr(self) -> float:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.run import Run
+from gpt2_ddp.system.checkout import commit_and_diff
 from gpt2_ddp.system.files import read_json, replace_file
 from gpt2_ddp.system.hardware import peak_flops
 
@@ -33,11 +35,16 @@ class StepResult:
 
 
 def note_start(run: Run) -> None:
-    """Write config.json on rank 0: the configuration, the data, and the versions and hardware of each start."""
+    """Write config.json on rank 0: the configuration, the data, and the versions and hardware of each start; and beside
+    it how the program differs from its commit, if it does.
+    """
     if not run.context.is_main:
         return
     file = run.config.out_dir / "config.json"
     starts = read_json(file).get("starts", []) if file.exists() else []
+    commit, diff = commit_and_diff(Path(__file__))
+    if diff:
+        replace_file(run.config.out_dir / f"uncommitted_{run.state.step}.diff", diff)
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": run.state.step,
@@ -49,6 +56,7 @@ def note_start(run: Run) -> None:
         "dtype": str(run.precision.dtype),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "commit": commit,
     }
     manifest = read_manifest(run.config.data_dir)
     data = {"data_source": manifest and manifest.source, "data_fingerprint": run.data_fingerprint}

@@ -18,6 +18,7 @@ from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import RunLog
+from gpt2_ddp.metrics.profiling import StepProfiler
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim.schedules import Schedule
 from gpt2_ddp.system.hardware import Hardware
@@ -43,6 +44,7 @@ class Run:
     data_fingerprint: str
     evaluations: tuple[Evaluation, ...]
     log: RunLog
+    profiler: StepProfiler
     writer: CheckpointWriter
     stop: StopRequest
     watchdog: Watchdog
@@ -54,4 +56,5 @@ class Run:
         self.watchdog.dismiss()
         self.data.close()
         self.writer.close()
+        self.profiler.end(self.log.say)
         self.log.close()

@@ -7,13 +7,16 @@ torchrun --nproc_per_node=8 -m gpt2_ddp.train --model gpt2
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.profiler import record_function
 
 from gpt2_ddp.build import build_run
+from gpt2_ddp.build.config_file import with_config_file
 from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.checkpoint.state import newest_checkpoint, restore, weights_and_moments
 from gpt2_ddp.config import TrainConfig
@@ -45,7 +48,9 @@ def train(run: Run) -> str:
     timer = StepTimer(run.context.device)
     stopping = False
     while state.step < config.max_steps and not stopping:
-        batch = run.data.next()
+        run.profiler.before(state.step + 1, run.log.say)
+        with record_function("data"):
+            batch = run.data.next()
         result = train_step(run, batch)
         if state.guard.sees_spike(result.loss):
             with timer.paused(due=True):
@@ -81,21 +86,24 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         if config.dropout:
             torch.manual_seed(dropout_seed(run, batch.step, micro_step))
         with run.reduction.micro_step(micro_step):
-            with run.precision.autocast():
+            with record_function("forward"), run.precision.autocast():
                 loss = run.train_model(ids, targets)
-            scaler.scale(loss * run.reduction.weight).backward()
+            with record_function("backward"):
+                scaler.scale(loss * run.reduction.weight).backward()
         run.reduction.add(loss.detach())
         run.context.note_progress()
-    mean_loss = run.reduction.finish()
+    with record_function("reduction"):
+        mean_loss = run.reduction.finish()
     lr = run.schedule.rate(run.state.step + 1)
     updates.set_learning_rate(run.optimizer, lr)
-    norm, skipped = updates.apply_update(
-        run.optimizer,
-        scaler,
-        loss=mean_loss,
-        grad_clip=config.grad_clip,
-        zero_in_place=run.reduction.zero_in_place,
-    )
+    with record_function("update"):
+        norm, skipped = updates.apply_update(
+            run.optimizer,
+            scaler,
+            loss=mean_loss,
+            grad_clip=config.grad_clip,
+            zero_in_place=run.reduction.zero_in_place,
+        )
     run.state.skips.add(skipped)
     return StepResult(loss=mean_loss, grad_norm=norm, lr=lr)
 
@@ -168,7 +176,8 @@ def run_training(config: TrainConfig) -> int:
 
 @record
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_training(cli.parse(TrainConfig, __doc__.splitlines()[0], argv))
+    words = with_config_file(sys.argv[1:] if argv is None else argv)
+    return run_training(cli.parse(TrainConfig, __doc__.splitlines()[0], words))
 
 
 if __name__ == "__main__":

@@ -51,5 +51,5 @@ more text     $python -m eval sample --model $run --prompt "A class definition" 
 train longer  bash launch/local.sh --max-steps 2000
 your own text $python -m data_prep text notes.txt --out data/mine
               $python -m launch -- --model gpt2-mini --data-dir data/mine --out-dir runs/mine
-GPT-2 124M    launch/gpt2_124m_t4.sh, launch/gpt2_124m_8xa100.sh, launch/slurm.sbatch
+GPT-2 124M    $python -m launch -- --config launch/gpt2_124m_t4.toml; others, and slurm.sbatch, are beside it
 END

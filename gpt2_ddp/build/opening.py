@@ -16,6 +16,7 @@ from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
 from gpt2_ddp.metrics.boards import Aside
 from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
+from gpt2_ddp.metrics.profiling import StepProfiler
 from gpt2_ddp.run import Run
 
 
@@ -43,6 +44,9 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         data_fingerprint=settled.sources.fingerprint,
         evaluations=settled.sources.evaluations,
         log=log,
+        profiler=StepProfiler(
+            config.profiled_steps, config.out_dir / "profile", rank=context.rank, device=context.device
+        ),
         writer=open_writer(config, context),
         stop=stop,
         watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),

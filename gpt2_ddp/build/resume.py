@@ -93,17 +93,23 @@ def saved_rates(config: TrainConfig, saved: Mapping[str, Any]) -> Schedule | Non
 
 
 def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
-    """One line where flags that differ from the `saved` ones make the learning rate jump after `step`."""
+    """A line each where flags that differ from the `saved` ones make the rate, or Muon's own, jump after `step`."""
     before = saved_rate_flags(saved)
     changed = [name for name, value in before.items() if value != getattr(config, name)]
     saved_schedule = saved_rates(config, saved)
     if saved_schedule is None:
         return []
     old, new = (schedule.rate(step + 1) for schedule in (saved_schedule, learning_rates(config)))
-    if step >= config.max_steps or abs(new - old) <= RATE_JUMP * max(new, old):
+    if step >= config.max_steps:
         return []
-    flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
-    return [f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}"]
+    said = []
+    if abs(new - old) > RATE_JUMP * max(new, old):
+        flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
+        said.append(f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}")
+    own = saved.get("muon_lr")
+    if config.optimizer == "muon" and own not in (None, config.muon_lr):
+        said.append(f"Muon's learning rate jumps at step {step + 1}: --muon-lr {own} is now {config.muon_lr}")
+    return said
 
 
 def saved_rate_flags(saved: Mapping[str, Any]) -> dict[str, Any]:

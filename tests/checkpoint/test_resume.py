@@ -92,6 +92,14 @@ def test_a_rate_that_jumps_is_said(changes: dict[str, Any], step: int, jumps: bo
             assert f"--{name.replace('_', '-')} {SAVED.to_json()[name]} is now {value}" in said[0]
 
 
+def test_a_rate_of_muons_own_that_jumps_is_said_too() -> None:
+    old, new = (TrainConfig(optimizer="muon", muon_lr=rate) for rate in (1e-3, 2e-3))
+    assert rate_jump(new, old.to_json(), 500) == [
+        "Muon's learning rate jumps at step 501: --muon-lr 0.001 is now 0.002"
+    ]
+    assert rate_jump(new, new.to_json(), 500) == []
+
+
 @pytest.mark.parametrize("saved", [{}, {"max_steps": "many", "max_lr": None}, {"max_steps": -1}, {"warmup_steps": []}])
 def test_a_saved_configuration_that_is_none_says_nothing(saved: dict[str, Any]) -> None:
     assert rate_jump(SAVED, saved, 500) == []

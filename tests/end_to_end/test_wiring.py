@@ -93,6 +93,8 @@ SEEN_BY = {
     "spike_limit": "test_bad_steps.py::test_it_goes_back_no_more_often_than_it_may",
     "check_ranks_every": "test_wiring.py::test_ranks_are_compared_as_often_as_told_and_before_each_save",
     "reproducible": "test_reproducible.py::test_any_number_of_ranks_gives_the_same_bits",
+    "config": "test_config_file.py::test_a_file_of_flags_is_the_flags_and_those_of_the_command_line_win",
+    "profile_steps": "test_profiling.py::test_the_steps_and_their_parts_are_in_the_trace_of_each_rank",
     "tensorboard": "test_watching.py::test_two_ranks_watch_together",
     "wandb": "test_wiring.py::test_weights_and_biases_is_asked_for_when_told_so",
     "resume": "test_train.py::test_resume_from_a_named_checkpoint",

@@ -11,11 +11,12 @@ from typing import Any
 import datasets
 import pytest
 from drivers import warm
-from running import describe, metrics, write_shards
+from running import ROOT, describe, metrics, write_shards
 
 from data_prep import hub
 from data_prep.commands import FinewebEdu
 from eval.plot import read_history
+from gpt2_ddp.build.config_file import values_of
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.evaluation import reference
 from gpt2_ddp.evaluation.reference import OnTrack, fitting, read_references
@@ -134,8 +135,8 @@ def test_the_preset_for_10_billion_tokens_matches_what_is_published(
     monkeypatch.setattr(hub, "resolved_revision", lambda *_: "main")
     monkeypatch.setattr(hub, "load", lambda *_, **__: rows.to_iterable_dataset() if streaming else rows)
     source = FinewebEdu(out=Path("data"), streaming=streaming).source().name
-    text = (Path(__file__).parents[2] / "launch" / "gpt2_124m_8xa100.sh").read_text()
-    asked = {name.replace("-", "_"): float(value) for name, value in re.findall(r"--([a-z-]+) ([\d.e-]+)", text)}
+    preset = values_of(ROOT / "launch" / "gpt2_124m_8xa100.toml")
+    asked = {name.replace("-", "_"): value for name, value in preset.items()}
     config = TrainConfig().to_json() | asked
     [end, curve] = fitting(config, source)
     learned = {1000: (4.168, 0.256), 2000: (3.666, 0.263), 3000: (3.514, 0.273), 5000: (3.352, 0.276),

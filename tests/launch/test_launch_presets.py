@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
+import sys
 
 import pytest
 from running import ROOT
 
+from gpt2_ddp.build.config_file import with_config_file
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.system import cli
@@ -31,14 +32,14 @@ weight decay of 0.1, a cosine down to a tenth of the rate, a warm-up of 375 mill
 PRESETS = {
     # 2.1 of Brown et al. gives the rate and the batch, "0.5M" tokens, of the size that is nearest: 125M, ... , 1.3B.
     # 124M at three times its rate is published (garg-aayush/building-from-scratch: 1.8e-3, about 300 steps of warm-up).
-    "gpt2_124m_8xa100.sh": (8, "gpt2", 1.8e-3, 524_288),
-    "gpt2_124m_one_gpu_5b.sh": (1, "gpt2", 1.8e-3, 524_288),
-    "gpt2_350m_8xa100.sh": (8, "gpt2-medium", 3e-4, 524_288),
-    "gpt2_774m_8xa100.sh": (8, "gpt2-large", 2.5e-4, 524_288),
-    "gpt2_1558m_8xa100_40gb.sh": (8, "gpt2-xl", 2e-4, 1_048_576),
-    "gpt2_1558m_8xa100_80gb.sh": (8, "gpt2-xl", 2e-4, 1_048_576),
+    "gpt2_124m_8xa100.toml": (8, "gpt2", 1.8e-3, 524_288),
+    "gpt2_124m_one_gpu_5b.toml": (1, "gpt2", 1.8e-3, 524_288),
+    "gpt2_350m_8xa100.toml": (8, "gpt2-medium", 3e-4, 524_288),
+    "gpt2_774m_8xa100.toml": (8, "gpt2-large", 2.5e-4, 524_288),
+    "gpt2_1558m_8xa100_40gb.toml": (8, "gpt2-xl", 2e-4, 1_048_576),
+    "gpt2_1558m_8xa100_80gb.toml": (8, "gpt2-xl", 2e-4, 1_048_576),
     # A sixteenth of that batch for one card, with the trainer's own defaults for rate, steps and warm-up.
-    "gpt2_124m_t4.sh": (1, "gpt2", 6e-4, 32_768),
+    "gpt2_124m_t4.toml": (1, "gpt2", 6e-4, 32_768),
 }
 TOKENS = 10e9
 """FineWeb-Edu's sample-10BT, once: 19,073 steps of 524,288 tokens, as in build-nanogpt."""
@@ -46,23 +47,24 @@ WARMUP_TOKENS = 375e6
 
 
 def test_every_preset_is_here() -> None:
-    assert {path.name for path in (ROOT / "launch").glob("gpt2_*.sh")} == set(PRESETS)
+    assert {path.name for path in (ROOT / "launch").glob("gpt2_*.toml")} == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_trainer_takes_the_preset(name: str) -> None:
     world_size, model, max_lr, total_batch_size = PRESETS[name]
     # The machine of the preset is not here, so its number of ranks is given.
-    environment = {**os.environ, "LAUNCH_FLAGS": f"--dry-run --cpu --nproc-per-node {world_size}"}
+    launcher = ["--dry-run", "--cpu", "--nproc-per-node", str(world_size)]
     shown = subprocess.run(
-        ["bash", ROOT / "launch" / name, "--seed", "7"], env=environment, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-m", "launch", *launcher, "--", "--config", f"launch/{name}", "--seed", "7"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     words = shlex.split(shown.stdout)
     assert f"--nproc-per-node={world_size}" in words
-    config = cli.parse(TrainConfig, "", words[words.index("gpt2_ddp.train") + 1 :])
+    config = cli.parse(TrainConfig, "", with_config_file(words[words.index("gpt2_ddp.train") + 1 :]))
     chosen = {"model": model, "max_lr": max_lr, "total_batch_size": total_batch_size}
     assert {field: getattr(config, field) for field in GPT3 | chosen} == GPT3 | chosen
-    assert config.final_lr == (0 if name.endswith("5b.sh") else pytest.approx(max_lr / 10))
+    assert config.final_lr == (0 if name.endswith("5b.toml") else pytest.approx(max_lr / 10))
     assert isinstance(config.micro_batch_size, int)
     planned = BatchPlan(
         micro_batch_size=config.micro_batch_size,
@@ -71,11 +73,11 @@ def test_the_trainer_takes_the_preset(name: str) -> None:
         world_size=world_size,
     )
     assert planned.grad_accum_steps >= 1
-    if name == "gpt2_124m_t4.sh":
+    if name == "gpt2_124m_t4.toml":
         defaults = TrainConfig()
         assert (config.max_steps, config.warmup_steps) == (defaults.max_steps, defaults.warmup_steps) == (19_073, 715)
         return
-    assert config.max_steps == round(TOKENS / (2 if name.endswith("5b.sh") else 1) / total_batch_size)
+    assert config.max_steps == round(TOKENS / (2 if name.endswith("5b.toml") else 1) / total_batch_size)
     assert config.warmup_steps == (300 if model == "gpt2" else round(WARMUP_TOKENS / total_batch_size))
     watched = {"val_every": 250, "hellaswag_every": 250, "sample_every": 250, "val_tokens": 20 * 524_288}
     assert {field: getattr(config, field) for field in watched} == watched

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2_ddp.build.config_file import values_of
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import DDPReduction
 from gpt2_ddp.model.compilation import CompiledGPT
@@ -265,10 +266,10 @@ def test_the_page_about_gpus_is_what_the_command_prints() -> None:
     assert (ROOT / "docs" / "gpus.md").read_text() == told.stdout, "python -m gpt2_ddp.bench.gpus > docs/gpus.md"
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("gpt2_*.sh")), ids=lambda path: path.stem)
-def test_the_presets_tell_what_they_need(script: Path) -> None:
-    text = script.read_text()
-    name, size = re.search(r"--model (\S+)", text)[1], int(re.search(r"--micro-batch-size (\d+)", text)[1])
+@pytest.mark.parametrize("preset", sorted((ROOT / "launch").glob("gpt2_*.toml")), ids=lambda path: path.stem)
+def test_the_presets_tell_what_they_need(preset: Path) -> None:
+    values = values_of(preset)
+    name, size = values["model"], values["micro-batch-size"]
     needed = training_memory(
         SIZES[name],
         micro_batch_size=size,
@@ -276,7 +277,7 @@ def test_the_presets_tell_what_they_need(script: Path) -> None:
         dtype=torch.bfloat16,
         device_type="cuda",
         state_bytes=8 * parameter_count(SIZES[name]),
-        device_memory=16 * 10**9 if "t4" in script.name else 40 * 10**9,
+        device_memory=16 * 10**9 if "t4" in preset.name else 40 * 10**9,
         compiled=True,
     )
-    assert re.search(rf"^#.* {size} sequences .*: {needed.total / 2**30:.0f} GiB", text, re.M)
+    assert re.search(rf"^#.* {size} sequences .*: {needed.total / 2**30:.0f} GiB", preset.read_text(), re.M)
