@@ -6,10 +6,12 @@ import hashlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from drivers import warm
 from filelock import FileLock
-from running import train, write_shards
+from running import train, train_command, write_shards
 
 
 def pytest_configure() -> None:
@@ -48,7 +50,11 @@ def clean_run(shared_folder: Path, data_dir: Path) -> Callable[..., Path]:
         folder = shared_folder / key
         with FileLock(shared_folder / f"{key}.lock"):
             if not (folder / "stderr").exists():
-                done = train(folder, data_dir, *flags, nproc=nproc)
+                if nproc > 1 and "--device=cuda" not in flags:
+                    command = train_command(folder, data_dir, *flags)
+                    done: warm.Ended | CompletedProcess[str] = warm.fork_trainers(nproc, command[3:])
+                else:
+                    done = train(folder, data_dir, *flags, nproc=nproc)
                 (folder / "stdout").write_text(done.stdout)
                 (folder / "stderr").write_text(done.stderr)
         return folder

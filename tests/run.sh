@@ -16,6 +16,6 @@ check mypy
 if [ -n "$failed" ]; then
   echo "== failed:$failed; the tests follow"
 fi
-# Two at a time: a test that starts ranks keeps a core busy with each.
-check python -m pytest -n 2 --dist worksteal -rs -m "not slow" "$@"
+# Three at a time, for two cores: many tests wait.
+check python -m pytest -n 3 --dist worksteal -rs -m "not slow" "$@"
 [ -z "$failed" ]

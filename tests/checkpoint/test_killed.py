@@ -137,7 +137,7 @@ def test_ranks_end_with_their_torchrun_and_the_next_start_goes_on(
     running.kill()
     wait_until(lambda: not any(orphan.is_running() for orphan in orphans))
     assert "torchrun has died" in warm.finish(running).stderr
-    warm.fork_ranks(2, tmp_path / "run", data_dir)
+    warm.train_ranks(2, tmp_path / "run", data_dir)
     assert same_as(warm.clean_run(shared_folder, data_dir, nproc=2), tmp_path / "run")
 
 

@@ -105,18 +105,17 @@ class Trainer:
         return Ended(returncode=returncode, stdout=said[0], stderr=said[1])
 
 
-def start(
-    out_dir: Path,
-    data_dir: Path,
-    *more: str,
-    faults: Faults | None = None,
-    console: str = "",
-    env: Mapping[str, str] | None = None,
-) -> Trainer:
+def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, console: str = "") -> Trainer:
     """Start to train on one rank and return at once; with `console` stdout and stderr go to that file or terminal."""
+    return start_forked(flags(out_dir, data_dir, *more), faults=faults, console=console)
+
+
+def start_forked(
+    argv: Sequence[str], *, faults: Faults | None = None, console: str = "", env: Mapping[str, str] | None = None
+) -> Trainer:
+    """As `start`, by a trainer's own flags."""
     output = Path(tempfile.mkdtemp()) / "output"
-    argv = flags(out_dir, data_dir, *more)
-    pid = ask(argv=argv, faults=faults or {}, env=dict(env or {}), output=str(output), console=console)
+    pid = ask(argv=list(argv), faults=faults or {}, env=dict(env or {}), output=str(output), console=console)
     return Trainer(pid=pid, output=output)
 
 
@@ -185,6 +184,11 @@ def fork_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Fa
 
     For what ranks compute together. What torchrun does, to start, restart and end them, takes torchrun: `train_ranks`.
     """
+    return fork_trainers(nproc, flags(out_dir, data_dir, *more), faults=faults)
+
+
+def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = None) -> Ended:
+    """As `fork_ranks`, by a trainer's own flags; what all ranks said, one rank after the other."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {
         "TORCHELASTIC_RUN_ID": "forked",
@@ -195,11 +199,12 @@ def fork_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Fa
         "LOCAL_WORLD_SIZE": str(nproc),
     }
     places = [torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
-    trainers = [start(out_dir, data_dir, *more, faults=faults, env=place) for place in places]
+    trainers = [start_forked(argv, faults=faults, env=place) for place in places]
     ended = [trainer.wait() for trainer in trainers]
     for rank, done in enumerate(ended):
         assert done.returncode == 0, f"rank {rank}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return ended[0]
+    said, told = ("".join(getattr(done, name) for done in ended) for name in ("stdout", "stderr"))
+    return Ended(returncode=0, stdout=said, stderr=told)
 
 
 def clean_run(shared_folder: Path, data_dir: Path, *more: str, nproc: int = 0, faults: Faults | None = None) -> Path:
