@@ -175,18 +175,21 @@ def test_the_sum_is_that_of_activation_checkpointing_in_eager_mode() -> None:
     assert reckoned.total == pytest.approx(found, rel=0.06)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_sum_is_that_of_blocks_compiled_one_by_one_under_ddp(checkpointing: bool, tmp_path: Path) -> None:
+def test_the_sum_is_that_of_blocks_compiled_one_by_one_under_ddp(
+    dtype: torch.dtype, checkpointing: bool, tmp_path: Path
+) -> None:
     """And of several micro-steps, whose gradients need no second place beside DDP's buckets."""
+    if dtype == torch.bfloat16 and not found_hardware(torch.device("cpu")).cpu_bf16:
+        pytest.skip("minutes where bfloat16 is emulated")
     config, batch = replace(footprint.CONFIG, vocab_size=512), 6
     with one_rank(tmp_path):
-        footprint.train(config, torch.float32, batch, compiled=True, ddp=True, checkpointing=checkpointing)  # compiles
+        footprint.train(config, dtype, batch, compiled=True, ddp=True, checkpointing=checkpointing)  # compiles
         found = peak(
-            lambda: footprint.train(config, torch.float32, batch, compiled=True, ddp=True, checkpointing=checkpointing)
+            lambda: footprint.train(config, dtype, batch, compiled=True, ddp=True, checkpointing=checkpointing)
         )
-    reckoned = reckon(
-        config, batch, footprint.LENGTH, torch.float32, compiled=True, activation_checkpointing=checkpointing
-    )
+    reckoned = reckon(config, batch, footprint.LENGTH, dtype, compiled=True, activation_checkpointing=checkpointing)
     assert reckoned.total == pytest.approx(found, rel=0.06)
 
 
