@@ -36,6 +36,10 @@ def test_a_longer_run_from_before_the_cool_down_is_the_run_that_was_longer_at_on
     assert (out_dir / "metrics.step_00000012.jsonl").read_text() == short
     assert names(out_dir) == ["step_00000012", "step_00000012.finished", "step_00000024"]
     assert not faults(out_dir / "checkpoints" / "step_00000012.finished")
+    assert (
+        "nothing to do"
+        in warm.train(out_dir, data_dir, *WSD, "--max-steps", "24", "--cooldown-fraction", "0.25").stdout
+    )
 
 
 @pytest.mark.parametrize("lost", [True, False])

@@ -12,6 +12,9 @@ from drivers import warm
 from running import final_hashes, metrics
 from torch import Tensor, nn
 
+from gpt2_ddp.build.making import start_model
+from gpt2_ddp.checkpoint.state import Found
+from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.shapes import parameter_shapes
@@ -80,6 +83,24 @@ def test_it_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert [group.get("pieces") for _, group in found] == [1, 3, None, None]
     assert [group["weight_decay"] for _, group in found] == [0.3, 0.3, 0.1, 0.0]
     assert [group.get("lr_factor", 1.0) for _, group in found] == [2.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("matmuls", "expected"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_it_multiplies_in_bfloat16_where_the_run_does(
+    matmuls: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4, which trains in float16, has no bfloat16."""
+    config = TrainConfig(model="gpt2-nano", optimizer="muon", device="cpu")
+    model, optimizer = start_model(config, DistContext(), Found(), None, matmuls)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    used: list[torch.dtype] = []
+    monkeypatch.setattr(muon, "orthogonal", lambda matrix, dtype: used.append(dtype) or matrix.to(dtype))
+    optimizer.step()
+    assert set(used) == {expected}
 
 
 def test_the_momentum_rises_in_a_line() -> None:
