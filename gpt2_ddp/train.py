@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.profiler import record_function
 
 from gpt2_ddp.build import build_run
-from gpt2_ddp.build.config_file import with_config_file
+from gpt2_ddp.build.config_file import parse_flags
 from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.checkpoint.state import newest_checkpoint, restore, weights_and_moments
 from gpt2_ddp.config import TrainConfig
@@ -139,8 +139,9 @@ def finish(run: Run, outcome: str) -> None:
     run.log.status(outcome, step=run.state.step)
     where = run.writer.directory / step_name(run.state.step)
     run.log.say(f"{outcome} at step {run.state.step} of {run.config.max_steps}; checkpoint in {where}")
-    if outcome == "finished" and run.schedule.branch_step:
-        run.log.say(f"a larger --max-steps goes on from step {run.schedule.branch_step}, before the cool-down")
+    branch = run.schedule.branch_step
+    if outcome == "finished" and branch and (run.writer.directory / step_name(branch)).exists():
+        run.log.say(f"a larger --max-steps goes on from step {branch}, before the cool-down")
 
 
 def run_training(config: TrainConfig) -> int:
@@ -176,8 +177,7 @@ def run_training(config: TrainConfig) -> int:
 
 @record
 def main(argv: Sequence[str] | None = None) -> int:
-    words = with_config_file(sys.argv[1:] if argv is None else argv)
-    return run_training(cli.parse(TrainConfig, __doc__.splitlines()[0], words))
+    return run_training(parse_flags(sys.argv[1:] if argv is None else argv, __doc__.splitlines()[0]))
 
 
 if __name__ == "__main__":

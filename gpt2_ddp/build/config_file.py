@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_ddp.config import TrainConfig, flag
+from gpt2_ddp.system import cli
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 
@@ -22,19 +23,26 @@ else:
 OPTION = "--config"
 
 
-def with_config_file(argv: Sequence[str]) -> list[str]:
-    """`argv` with the flags of its last `--config` file put before all others, so that those win.
+def parse_flags(argv: Sequence[str], description: str = "") -> TrainConfig:
+    """The configuration by `argv`, and by a `--config` file in it, whose flags come before all others, which win.
 
     Raises:
-        UserError: where the file is not there, is no TOML or a run's config.json, or names a flag that there is not.
+        UserError: where a flag is refused; where the file is not there, is no TOML or a run's config.json, or names a
+            flag that there is not.
     """
     named = [after for before, after in pairwise(argv) if before == OPTION]
     named += [word.partition("=")[2] for word in argv if word.startswith(f"{OPTION}=")]
-    return [*flags_of(Path(named[-1])), *argv] if named else list(argv)
+    if not named:
+        return cli.parse(TrainConfig, description, argv)
+    words = [*flags_of(Path(named[-1])), *argv]
+    try:
+        return cli.parse(TrainConfig, description, words)
+    except UserError as error:
+        raise UserError(f"{error} (with the flags in {named[-1]})") from None
 
 
 def flags_of(file: Path) -> list[str]:
-    """The flags that a file sets, as words of a command line. Raises as `with_config_file`."""
+    """The flags that a file sets, as words of a command line. Raises as `parse_flags`."""
     known = {field.name for field in fields(TrainConfig)} - {"config"}
     found: list[str] = []
     for key, value in values_of(file).items():
@@ -53,7 +61,7 @@ def flags_of(file: Path) -> list[str]:
 
 
 def values_of(file: Path) -> Mapping[str, Any]:
-    """The names and values in a file. Raises as `with_config_file`."""
+    """The names and values in a file. Raises as `parse_flags`."""
     if not file.is_file():
         raise UserError(f"{OPTION} {file}: there is no such file")
     try:

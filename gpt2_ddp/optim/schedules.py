@@ -74,8 +74,8 @@ class WarmupStableDecay(Linear):
         return max(self.warmup_steps, self.max_steps - round(self.cooldown_fraction * self.max_steps))
 
     @property
-    def branch_step(self) -> int:
-        return self.last_stable_step
+    def branch_step(self) -> int | None:
+        return self.last_stable_step if 0 < self.last_stable_step < self.max_steps else None
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"cosine": Cosine, "linear": Linear, "wsd": WarmupStableDecay}

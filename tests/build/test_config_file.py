@@ -9,9 +9,8 @@ import pytest
 from drivers import warm
 from running import final_hashes
 
-from gpt2_ddp.build.config_file import flags_of, with_config_file
+from gpt2_ddp.build.config_file import flags_of, parse_flags
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.system import cli
 
 
 def written(file: Path, text: str) -> Path:
@@ -20,7 +19,7 @@ def written(file: Path, text: str) -> Path:
 
 
 def parsed(*words: str) -> TrainConfig:
-    return cli.parse(TrainConfig, "", with_config_file(words))
+    return parse_flags(words)
 
 
 def test_a_file_of_flags_is_the_flags_and_those_of_the_command_line_win(
@@ -73,12 +72,14 @@ def test_a_file_that_is_not_there_or_of_no_run_is_refused(tmp_path: Path) -> Non
         parsed("--config", "nowhere.toml")
     with pytest.raises(ValueError, match="holds no configuration of a run"):
         parsed("--config", str(written(tmp_path / "config.json", "{}")))
-    with pytest.raises(ValueError, match="seed"):
-        parsed("--config", str(written(tmp_path / "bad.toml", 'seed = "many"')))
+    for text in ('seed = "many"', "seed = -1"):
+        bad = written(tmp_path / "bad.toml", text)
+        with pytest.raises(ValueError, match=rf"seed.* \(with the flags in {bad}\)$"):
+            parsed("--config", str(bad))
 
 
 def test_words_of_a_file_come_first_and_numbers_stay_exact(tmp_path: Path) -> None:
     file = written(tmp_path / "run.toml", "max-lr = 0.0018\nreproducible = true\ntensorboard = false")
     assert flags_of(file) == ["--max-lr=0.0018", "--reproducible", "--no-tensorboard"]
-    assert with_config_file(["--seed", "1", f"--config={file}"])[:3] == flags_of(file)
-    assert with_config_file(["--seed", "1"]) == ["--seed", "1"]
+    both = parsed("--max-lr", "1", f"--config={file}")
+    assert (both.max_lr, both.reproducible, both.tensorboard) == (1.0, True, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_a_longer_run_from_before_the_cool_down_is_the_run_that_was_longer_at_on
         "nothing to do"
         in warm.train(out_dir, data_dir, *WSD, "--max-steps", "24", "--cooldown-fraction", "0.25").stdout
     )
+
+
+def test_what_is_no_longer_there_is_not_promised(data_dir: Path, tmp_path: Path) -> None:
+    warm.train(tmp_path, data_dir, *WSD, "--keep-checkpoints", "0")
+    for step in ("06", "12"):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_000000{step}")
+    said = warm.train(tmp_path, data_dir, *WSD).stdout
+    assert "at step 8\n" in said
+    assert "a larger --max-steps" not in said
 
 
 @pytest.mark.parametrize("lost", [True, False])

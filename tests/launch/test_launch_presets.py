@@ -9,10 +9,9 @@ import sys
 import pytest
 from running import ROOT
 
-from gpt2_ddp.build.config_file import with_config_file
+from gpt2_ddp.build.config_file import parse_flags
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.system import cli
 
 GPT3 = {
     "beta1": 0.9,
@@ -61,7 +60,7 @@ def test_the_trainer_takes_the_preset(name: str) -> None:
     )  # fmt: skip
     words = shlex.split(shown.stdout)
     assert f"--nproc-per-node={world_size}" in words
-    config = cli.parse(TrainConfig, "", with_config_file(words[words.index("gpt2_ddp.train") + 1 :]))
+    config = parse_flags(words[words.index("gpt2_ddp.train") + 1 :])
     chosen = {"model": model, "max_lr": max_lr, "total_batch_size": total_batch_size}
     assert {field: getattr(config, field) for field in GPT3 | chosen} == GPT3 | chosen
     assert config.final_lr == (0 if name.endswith("5b.toml") else pytest.approx(max_lr / 10))

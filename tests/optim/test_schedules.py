@@ -62,6 +62,11 @@ def test_a_rate_that_stays_is_the_very_one_and_does_not_depend_on_the_length() -
     assert TrainConfig(schedule="wsd").final_lr == TrainConfig(schedule="linear", min_lr=0.0).final_lr == 0.0
     short = WarmupStableDecay(max_steps=10, warmup_steps=8, max_lr=1.0, final_lr=0.0, cooldown_fraction=0.5)
     assert (short.branch_step, short.rate(8), short.rate(9)) == (8, 1.0, 0.5)
+    for steps, warmup, fraction in ((4, 8, 0.5), (10, 0, 1.0)):  # within the warm-up, and no step before the line
+        none = WarmupStableDecay(
+            max_steps=steps, warmup_steps=warmup, max_lr=1.0, final_lr=0.0, cooldown_fraction=fraction
+        )
+        assert none.branch_step is None
     all_of_it = WarmupStableDecay(max_steps=100, warmup_steps=5, max_lr=1.0, final_lr=0.0, cooldown_fraction=1.0)
     assert [all_of_it.rate(step) for step in (5, 100)] == [1.0, 0.0]
 
