@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GPT-2 124M learns a small text by heart, as a sign that all of it works: 750 steps of 32,768 tokens over tiny Shakespeare,
-# 73 times each of its 338,025 tokens. docs/results.md shows the curve.
+# 73 times each of its 338,025 tokens.
 #   python -m data_prep shakespeare --out data/shakespeare      or TEXT=any.txt
 #   bash launch/seed_convergence.sh [trainer flags]             one GPU, or as many as there are
 #   PART=16 bash launch/seed_convergence.sh                     for a CPU: a sixteenth of the text and of the batch, as often

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from gpt2_ddp.data.manifest import MANIFEST, compare, read_manifest
+from gpt2_ddp.data.manifest import MANIFEST, read_manifest, require_listed
 from gpt2_ddp.data.shards import Shard, Split, anew, read_shard
 from gpt2_ddp.system.errors import UserError
 
@@ -31,7 +31,7 @@ def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
         raise UserError(f"no token shards (*train*.bin, *val*.bin, *.npy) in {data_dir}; {mend}")
     shards = tuple(read_shard(path) for path, found in paths.items() if found == split)
     if manifest:
-        compare({shard.path.name: shard.tokens for shard in shards}, manifest, split, data_dir)
+        require_listed({shard.path.name: shard.tokens for shard in shards}, manifest, split, data_dir)
     if not shards:
         without = ", or leave validation out by --val-every 0" if split == "val" else ""
         raise UserError(f"no {split} shard in {data_dir}: {anew(data_dir / MANIFEST)}{without}")

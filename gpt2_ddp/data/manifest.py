@@ -71,7 +71,11 @@ def write_manifest(data_dir: Path, manifest: Manifest) -> None:
     replace_file(data_dir / MANIFEST, json.dumps(asdict(manifest), indent=1))
 
 
-def compare(shards: dict[str, int], manifest: Manifest, split: Split, data_dir: Path) -> None:
+def require_listed(shards: dict[str, int], manifest: Manifest, split: Split, data_dir: Path) -> None:
+    """
+    Raises:
+        UserError: where the `shards` of a split, name to tokens, are not those of the manifest.
+    """
     listed = {record.name: record.tokens for record in manifest.shards if record.name.startswith(split)}
     for name in sorted(shards.keys() | listed.keys()):
         if (here := shards.get(name)) != (there := listed.get(name)):

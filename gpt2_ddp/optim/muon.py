@@ -159,7 +159,7 @@ class MuonAndAdamW(AdamW):
     def over(self, groups: list[dict[str, Any]], context: DistContext, dtype: torch.dtype) -> torch.optim.Optimizer:
         matrices = [group for group in groups if "momentum" in group]
         rest = super().over([group for group in groups if "momentum" not in group], context, dtype)
-        fast = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 would do, but nobody tried it
+        fast = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # float16 was not tried
         return Muon(matrices, rest, context, fast)
 
     def first_state(self, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
