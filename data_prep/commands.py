@@ -18,6 +18,7 @@ from .files import KINDS, PACKED, Files
 from .output import require_place
 from .prepare import Settings, chosen_workers, prepare
 from .sources import PythonTopics, Source
+from .tokenizers import TrainTokenizer, found_tokenizer
 
 # hub.py is imported where it is used: the `datasets` library takes seconds to load.
 
@@ -42,6 +43,10 @@ class Shards:
     workers: int | None = None
     """Tokenizing processes; all physical cores if nothing is said. The shards do not depend on it."""
 
+    tokenizer: str | None = None
+    """Another tokenizer than GPT-2's: a tokenizer.json of the tokenizers library, the folder of one, or the name of a
+    model on the hub."""
+
     default_val_tokens: ClassVar[int | None] = None
 
     def source(self) -> Source:
@@ -56,7 +61,8 @@ class Shards:
         settings = Settings(shard_tokens=self.shard_tokens, val_tokens=val_tokens, val_fraction=val_fraction)
         workers = chosen_workers(self.workers)
         require_place(self.out)
-        manifest = prepare(self.source(), self.out, settings, workers)
+        tokenizer = found_tokenizer(self.tokenizer) if self.tokenizer else None
+        manifest = prepare(self.source(), self.out, settings, workers, tokenizer)
         for split, documents in manifest.documents.items():
             shards = [record for record in manifest.shards if record.name.startswith(split)]
             tokens = sum(record.tokens for record in shards)
@@ -205,6 +211,7 @@ Command = (
     | Annotated[Hub, subcommand("hub")]
     | Annotated[FinewebEdu, subcommand("fineweb-edu")]
     | Annotated[Shakespeare, subcommand("shakespeare")]
+    | Annotated[TrainTokenizer, subcommand("train-tokenizer")]
     | Annotated[HellaSwag, subcommand("hellaswag")]
 )
 """What `python -m data_prep` can do."""

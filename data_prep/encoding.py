@@ -1,16 +1,19 @@
-"""Documents to GPT-2's token ids, many at a time."""
+"""Documents to token ids, many at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 
+from gpt2_ddp.data.own_tokenizer import own_tokenizer
 from gpt2_ddp.data.shards import Tokens
 from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.model.vocabulary import EOT
@@ -29,7 +32,7 @@ class EncodedChunk:
     """The documents of one chunk, one after the other."""
 
     tokens: Tokens
-    """(sum of lengths,) uint16; each document begins with `EOT`, which occurs nowhere else."""
+    """(sum of lengths,) uint16; each document begins with the end-of-text token, which occurs nowhere else."""
     lengths: npt.NDArray[np.int64]
     """(documents,)"""
     digests: npt.NDArray[np.uint64]
@@ -39,8 +42,39 @@ class EncodedChunk:
 
 
 def document_digest(tokens: Tokens) -> int:
-    """64 bits that are equal for documents of equal text; `tokens` includes the `EOT`."""
+    """64 bits that are equal for documents of equal text; `tokens` includes the end-of-text."""
     return int.from_bytes(hashlib.blake2b(tokens.astype("<u2", copy=False).data, digest_size=8).digest(), "little")
+
+
+def encoder_for(place: Path | None) -> Encoder | OwnEncoder:
+    """What encodes by the tokenizer in `place`, a data directory, or by GPT-2's."""
+    return OwnEncoder(place) if place else Encoder()
+
+
+class OwnEncoder:
+    """The ids of a tokenizer of the user's own."""
+
+    def __init__(self, place: Path) -> None:
+        # The workers share the processor's cores already.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._tokenizer = own_tokenizer(place)
+
+    def encode(self, documents: Iterable[str | None]) -> EncodedChunk:
+        """As `Encoder.encode`.
+
+        Raises:
+            UserError: where a document has the token in it that begins documents.
+        """
+        number, eot = itertools.count(), self._tokenizer.eot_token
+        counted = (text for text, _ in zip(documents, number, strict=False))
+        rows = (row for batch in _batches(counted) for row in self._tokenizer.encode_many(batch))
+        texts: list[Tokens] = [np.array([eot, *row], np.uint16) for row in rows]
+        return EncodedChunk(
+            tokens=np.concatenate([np.array([], np.uint16), *texts]),
+            lengths=np.array([len(text) for text in texts], np.int64),
+            digests=np.array([document_digest(text) for text in texts], np.uint64),
+            without_text=next(number) - len(texts),
+        )
 
 
 class Encoder:

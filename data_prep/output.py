@@ -221,7 +221,7 @@ def committed_documents(data_dir: Path, manifest: Manifest, split: Split) -> Ite
             part = data_dir / (shard_name(split, len(records)) + PART)
             yield np.fromfile(part, "<u2", tokens, offset=HEADER_BYTES)
 
-    return whole_documents(arrays())
+    return whole_documents(arrays(), manifest.vocabulary.eot)
 
 
 def _records(manifest: Manifest, split: Split) -> list[ShardRecord]:

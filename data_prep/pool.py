@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
-from gpt2_ddp.data.tokenizer import load_tokenizer
 from gpt2_ddp.system.errors import UserError, user_error
 
-from .encoding import EncodedChunk, Encoder
+from .encoding import EncodedChunk, encoder_for
 from .sources import Source
 
 CHUNKS_AHEAD = 4
@@ -29,15 +29,17 @@ class Failure:
     trace: str
 
 
-def encoded_chunks(source: Source, first: int, workers: int) -> Iterator[EncodedChunk]:
+def encoded_chunks(source: Source, first: int, workers: int, tokenizer: Path | None = None) -> Iterator[EncodedChunk]:
     """The chunks of `source` from number `first` on, tokenized by `workers` processes, in order.
+
+    `tokenizer` is the data directory that one of the user's own lies in; else it is GPT-2's.
 
     Raises:
         UserError: what a worker found wrong with the source.
         RuntimeError: if a worker failed otherwise or died.
     """
-    load_tokenizer()  # one download or one error, not one a worker
-    with _started(source, workers) as idle:
+    encoder_for(tokenizer)  # one download or one error, not one a worker
+    with _started(source, workers, tokenizer) as idle:
         chunks = enumerate(source.chunks(first))
         busy: dict[Connection, int] = {}
         ready: dict[int, EncodedChunk] = {}
@@ -73,14 +75,14 @@ def _receive(connection: Connection) -> EncodedChunk:
 
 
 @contextlib.contextmanager
-def _started(source: Source, workers: int) -> Iterator[list[Connection]]:
+def _started(source: Source, workers: int, tokenizer: Path | None) -> Iterator[list[Connection]]:
     """Connections to new worker processes, which end when it ends, or when this process dies."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         connections = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, source), daemon=True)
+            process = context.Process(target=_work, args=(theirs, source, tokenizer), daemon=True)
             process.start()
             theirs.close()
             stack.callback(process.join)
@@ -91,9 +93,9 @@ def _started(source: Source, workers: int) -> Iterator[list[Connection]]:
         yield list(connections)
 
 
-def _work(connection: Connection, source: Source) -> None:
+def _work(connection: Connection, source: Source, tokenizer: Path | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone decides what an interrupt means
-    encoder = Encoder()
+    encoder = encoder_for(tokenizer)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
             chunk = connection.recv()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 from tqdm import tqdm
 
 from gpt2_ddp.data.manifest import Manifest, read_manifest
+from gpt2_ddp.data.own_tokenizer import OwnTokenizer
 from gpt2_ddp.data.shards import Split
+from gpt2_ddp.data.tokenizer import vocabulary_of
 from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import replace_file
 
 from .output import ShardWriter, begin, committed_documents, locked
 from .pool import encoded_chunks
@@ -44,8 +47,12 @@ class Settings:
             raise UserError(f"--val-fraction is {self.val_fraction}, should be from 0 to below 1")
 
 
-def prepare(source: Source, out: Path, settings: Settings, workers: int) -> Manifest:
+def prepare(
+    source: Source, out: Path, settings: Settings, workers: int, tokenizer: OwnTokenizer | None = None
+) -> Manifest:
     """Write the shards that are missing; the same ones whatever the number of workers, and after any interruption.
+
+    Their tokens are GPT-2's, or those of `tokenizer`, of which the directory gets a copy.
 
     Raises:
         UserError: for a source that cannot be read, and a directory that holds something else.
@@ -61,9 +68,13 @@ def prepare(source: Source, out: Path, settings: Settings, workers: int) -> Mani
         next_chunk=0,
         unfinished=nothing,
     )
+    if tokenizer:
+        wanted = replace(wanted, tokenizer=tokenizer.name, vocabulary=vocabulary_of(tokenizer))
     with locked(out):
         manifest = begin(out, wanted)
         if not manifest.complete:
+            for name, contents in (tokenizer.files() if tokenizer else {}).items():
+                replace_file(out / name, contents)
             _write(source, out, settings, workers, manifest)
     finished = read_manifest(out)
     assert finished is not None
@@ -101,13 +112,14 @@ def _write(source: Source, out: Path, settings: Settings, workers: int, manifest
         trained=committed_documents(out, manifest, "train"),
         taken=committed_documents(out, manifest, "val"),
     )
+    own = None if manifest.tokenizer == "gpt2" else out
     writer = ShardWriter(out, manifest, settings.shard_tokens, validation)
     if manifest.next_chunk:
         there = sum(record.tokens for record in manifest.shards) + sum(manifest.unfinished.values())
         print(f"going on after the {there:,} tokens that are in {out}")
     without_text = 0
     with tqdm(unit=" tokens", unit_scale=True, desc=f"{workers} processes") as bar:
-        for chunk in encoded_chunks(source, manifest.next_chunk, workers):
+        for chunk in encoded_chunks(source, manifest.next_chunk, workers, own):
             with _disk_errors_named(out):
                 writer.write(chunk)
             bar.update(len(chunk.tokens))

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2_ddp.data.shards import Tokens
-from gpt2_ddp.model.vocabulary import EOT
 
 from .encoding import document_digest
 
@@ -65,13 +64,13 @@ class ValidationSplit:
         self._tokens += length
 
 
-def whole_documents(shards: Iterable[Tokens]) -> Iterator[Tokens]:
+def whole_documents(shards: Iterable[Tokens], eot: int) -> Iterator[Tokens]:
     """The documents that lie one after the other in consecutive shards, some across a shard's end."""
     held: list[Tokens] = []
     for shard in shards:
-        begins = np.flatnonzero(shard == EOT)
+        begins = np.flatnonzero(shard == eot)
         for part in np.split(shard, begins):
-            if len(part) and part[0] == EOT and held:
+            if len(part) and part[0] == eot and held:
                 yield np.concatenate(held)
                 held = []
             held += [part] if len(part) else []

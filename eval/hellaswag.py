@@ -9,6 +9,7 @@ from typing import Literal
 from eval.model_choice import ModelChoice, open_model
 from eval.published import published_for
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.tokenizer import tokenizer_of_model
 from gpt2_ddp.evaluation.hellaswag import HellaSwagResult, evaluate, read_examples
 from gpt2_ddp.system.errors import UserError
 
@@ -34,6 +35,7 @@ class HellaSwag(ModelChoice):
                 opened.gpt,
                 examples,
                 protocol=self.protocol,
+                tokenizer=tokenizer_of_model(opened.path),
                 context=opened.context,
                 sequence_length=opened.sequence_length,
                 autocast=opened.precision.autocast(),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eval.model_choice import ModelChoice, open_model
-from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import tokenizer_of_model, vocabulary_of
 from gpt2_ddp.evaluation.sampling import generate
-from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system.errors import UserError
 
 
@@ -32,9 +31,10 @@ class Sample(ModelChoice):
         """Print the texts, and write the JSON if asked to."""
         if self.count < 1:
             raise UserError(f"--count {self.count}: give 1 or more")
-        encoding = load_tokenizer()
-        prompt = [EOT, *encoding.encode_ordinary(self.prompt)]  # as documents begin in training
         with open_model(self) as opened:
+            encoding = tokenizer_of_model(opened.path)
+            eot = encoding.eot_token
+            prompt = [eot, *encoding.encode_ordinary(self.prompt)]  # as documents begin in training
             if len(prompt) > opened.sequence_length:
                 opened.warn(f"of the prompt's {len(prompt)} tokens only the last {opened.sequence_length} are read")
             rows = generate(
@@ -47,10 +47,11 @@ class Sample(ModelChoice):
                 stop_at_eot=True,
                 sequence_length=opened.sequence_length,
                 autocast=opened.precision.autocast(),
+                vocabulary=vocabulary_of(encoding),
             )
             texts = []
             for row in rows.tolist():
-                end = row.index(EOT, 1) if EOT in row[1:] else len(row)
+                end = row.index(eot, 1) if eot in row[1:] else len(row)
                 texts.append(encoding.decode(row[1:end]))
             for number, text in enumerate(texts, start=1):
                 opened.say(f"--- sample {number} of {self.count}\n{text}")

@@ -14,6 +14,7 @@ from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import ValidationData
+from gpt2_ddp.data.tokenizer import require_same_tokenizer
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.validation import find_byte_counts, validation_loss
 from gpt2_ddp.model.gpt import GPTConfig
@@ -55,6 +56,7 @@ class ValLoss(ModelChoice):
                     f"shards of {self.data_dir}: give a smaller --sequence-length"
                 )
             context = opened.context
+            context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir))
             vocab_size = opened.gpt.config.vocab_size
             byte_counts, said = context.run_on_main(lambda: find_byte_counts(self.data_dir, vocab_size))
             for line in said:

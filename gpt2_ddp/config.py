@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt2_ddp.model.gpt import SIZES, model_config
+from gpt2_ddp.model.gpt import SIZES, GPTConfig, model_config
 from gpt2_ddp.system.errors import UserError
 
 
@@ -22,6 +22,9 @@ class TrainConfig:
     """Flags from this TOML file, or from a run's config.json; those of the command line win."""
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "gpt2"
     """Size of the model: 124M, 350M, 774M and 1558M parameters, and three small ones."""
+    vocab_size: int | None = None
+    """Rows of the token embedding; if not given, 50304 for GPT-2's tokens, for those of another tokenizer their number
+    rounded up to a multiple of 128."""
     init_from: str | None = None
     """Start from these weights: a run, a checkpoint, a Hugging Face GPT-2 directory, or a published GPT-2's name."""
     data_dir: Path = Path("data/demo")
@@ -138,8 +141,8 @@ class TrainConfig:
         block_size = model_config(self.model).block_size
         if self.sequence_length > block_size:
             faults.append(f"--sequence-length {self.sequence_length} is past the model's {block_size}")
-        for name in ("sequence_length", "micro_batch_size", "total_batch_size", "max_steps", "log_every"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+        for name in ("sequence_length", "micro_batch_size", "total_batch_size", "max_steps", "log_every", "vocab_size"):
+            if getattr(self, name) not in ("auto", None) and getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "noise_scale_every",
                      "checkpoint_every", "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit",
@@ -160,6 +163,11 @@ class TrainConfig:
             faults.append(f"--timeout {self.timeout} must be positive")
         if faults:
             raise UserError("; ".join(faults))
+
+    @property
+    def shape(self) -> GPTConfig:
+        """The model's shape."""
+        return model_config(self.model, dropout=self.dropout, vocab_size=self.vocab_size)
 
     @property
     def profiled_steps(self) -> range:

@@ -91,6 +91,7 @@ BESIDE = {
     "system.fields": "a checkpoint from elsewhere is checked",
     "data.manifest": "a preparation that is not whole, or no longer, is refused",
     "data.tokenizer": "a checkpoint can be read by other programs",
+    "data.own_tokenizer": "tokens of another tokenizer than GPT-2's",
     "distributed.drift": "ranks that differ are found",
     "distributed.rendezvous": "nodes that do not meet are named",
     "distributed.stopping": "signals",

@@ -34,8 +34,10 @@ COMMON = {
     "compile": "off",
     "log-every": "5",
 }
-RATES = ("2e-3", "4e-3", "1e-3")
+RATES = ("1e-3", "2e-3", "4e-3")
 """The grid, the same for both. Under Muon the rest of the model, AdamW's share, takes the rate of the matrices."""
+BEYOND = {"1e-3": "5e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
+"""What is run as well where the best rate is the first or the last of those that were."""
 SCHEDULES = ("linear", "cosine")
 Flags = dict[str, str]
 
@@ -70,11 +72,18 @@ def final_loss(out: Path, flags: Flags) -> float | None:
     return done[-1] if done else None
 
 
-def best_rate(out: Path, optimizer: str, schedule: str) -> str | None:
-    """The rate of the lowest final loss; None while a run of the grid is not done."""
-    losses = {rate: final_loss(out, arm(optimizer, schedule, rate)) for rate in RATES}
-    known = {rate: loss for rate, loss in losses.items() if loss is not None}
-    return min(known, key=lambda rate: known[rate]) if len(known) == len(RATES) else None
+def grid(out: Path, optimizer: str, schedule: str) -> tuple[list[str], str | None]:
+    """The rates to run, and the one of the lowest final loss; None while one of them is not done."""
+    rates = list(RATES)
+    while True:
+        losses = {rate: final_loss(out, arm(optimizer, schedule, rate)) for rate in rates}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if len(known) < len(rates):
+            return rates, None
+        best = min(known, key=lambda rate: known[rate])
+        if BEYOND.get(best, best) in rates:
+            return rates, best
+        rates.append(BEYOND[best])
 
 
 def stages(out: Path) -> Iterator[Flags]:
@@ -82,12 +91,11 @@ def stages(out: Path) -> Iterator[Flags]:
 
     A later stage is there once the stages before it are done.
     """
-    for schedule in SCHEDULES:
-        for rate in RATES:
-            for optimizer in ("adamw", "muon"):
-                yield arm(optimizer, schedule, rate)
-    rates = {(optimizer, s): best_rate(out, optimizer, s) for optimizer in ("adamw", "muon") for s in SCHEDULES}
-    chosen = {key: rate for key, rate in rates.items() if rate is not None}
+    grids = {(optimizer, s): grid(out, optimizer, s) for s in SCHEDULES for optimizer in ("adamw", "muon")}
+    for (optimizer, schedule), (rates, _) in grids.items():
+        for rate in rates:
+            yield arm(optimizer, schedule, rate)
+    chosen = {key: best for key, (_, best) in grids.items() if best is not None}
     for seed in SEEDS[1:]:
         for (optimizer, schedule), rate in chosen.items():
             yield arm(optimizer, schedule, rate, seed=seed)

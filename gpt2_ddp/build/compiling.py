@@ -13,7 +13,7 @@ from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.metrics.log import warn
 from gpt2_ddp.model.compilation import CompiledGPT
-from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.errors import OneRankError
 from gpt2_ddp.system.hardware import Hardware
@@ -22,7 +22,7 @@ from gpt2_ddp.system.precision import Precision, choose_compile
 
 def compiles(config: TrainConfig, hardware: Hardware) -> bool:
     """Whether the training step of this run is compiled; the same at every start, on any number of ranks."""
-    flops = model_config(config.model).flops_per_token(config.sequence_length)
+    flops = config.shape.flops_per_token(config.sequence_length)
     return choose_compile(config.compile, hardware, run_flops=flops * config.total_batch_size * config.max_steps)
 
 

@@ -10,6 +10,7 @@ from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import ValidationData
 from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.tokenizer import tokenizer_of_data
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
 from gpt2_ddp.evaluation.interface import Evaluation
@@ -17,7 +18,6 @@ from gpt2_ddp.evaluation.noise_scale import NoiseScale
 from gpt2_ddp.evaluation.reference import OnTrack, Reference, fitting
 from gpt2_ddp.evaluation.sampling import Sample
 from gpt2_ddp.evaluation.validation import ByteCounts, Validation, find_byte_counts
-from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.system.errors import UserError
 
 
@@ -39,7 +39,7 @@ def find_yardsticks(config: TrainConfig) -> Yardsticks:
     """
     if not config.val_every:
         return Yardsticks()
-    byte_counts, said = find_byte_counts(config.data_dir, model_config(config.model).vocab_size)
+    byte_counts, said = find_byte_counts(config.data_dir, config.shape.vocab_size)
     manifest = read_manifest(config.data_dir)
     references = fitting(config.to_json(), manifest.source if manifest else None)
     said += [f"reference for validations: {reference.name}, {reference.source}" for reference in references]
@@ -66,9 +66,11 @@ def make_evaluations(
             examples=examples,
             protocol=config.hellaswag_protocol,
             sequence_length=length,
+            tokenizer=tokenizer_of_data(config.data_dir),
         )
     if config.sample_every:
-        yield Sample(every=config.sample_every, seed=config.seed, sequence_length=length)
+        tokenizer = tokenizer_of_data(config.data_dir)
+        yield Sample(every=config.sample_every, seed=config.seed, sequence_length=length, tokenizer=tokenizer)
     if config.noise_scale_every:
         if plan.sequences_per_step < 2:
             raise UserError(

@@ -18,7 +18,7 @@ from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import DDPReduction, GradientReduction, TreeReduction
 from gpt2_ddp.distributed.wrapping import release, wrap
-from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import load_model
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount, zero_gradients
@@ -89,7 +89,7 @@ def start_weights(config: TrainConfig, found: Found, weights: Path | None, conte
     """The model on its device, with the weights of a new run on rank 0, drawn or those of the directory `weights`;
     elsewhere they are undefined, and read from no disk, and so they are where a checkpoint was found.
     """
-    shape = model_config(config.model, dropout=config.dropout)
+    shape = config.shape
     if found.path or not context.is_main:
         return GPT(shape, device=context.device)
     if weights is None:

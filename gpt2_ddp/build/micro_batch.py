@@ -16,7 +16,7 @@ from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.compilation import CompiledGPT
-from gpt2_ddp.model.gpt import GPT, GPTConfig, model_config
+from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
 from gpt2_ddp.optim.rule import OptimizerRule
 from gpt2_ddp.optim.updates import zero_gradients
@@ -29,7 +29,7 @@ def settle_micro_batch(
 ) -> TrainConfig:
     """`config` with a number for `--micro-batch-size auto`: the one that the run in --out-dir has, or one that fits."""
     rule = optimizer_rule(config)
-    shape = model_config(config.model, dropout=config.dropout)
+    shape = config.shape
     context.run_on_all(lambda: require_fit(shape, rule.state_bytes(shape), context.device))
     if config.micro_batch_size != "auto":
         return config

@@ -10,7 +10,7 @@ from gpt2_ddp.build.settling import Settled
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
-from gpt2_ddp.data.tokenizer import tokenizer_files
+from gpt2_ddp.data.tokenizer import tokenizer_of_data
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
@@ -51,7 +51,7 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         stop=stop,
         watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),
         state=state,
-        tokenizer=tokenizer_files() if context.is_main else {},
+        tokenizer=tokenizer_of_data(config.data_dir) if context.is_main else None,
     )
 
 

@@ -18,7 +18,7 @@ from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 from gpt2_ddp.system.precision import DTYPES
 
-FIXED_FIELDS = ("model", "seed", "sequence_length", "total_batch_size", "optimizer")
+FIXED_FIELDS = ("model", "vocab_size", "seed", "sequence_length", "total_batch_size", "optimizer")
 """What must not change within a run, beside the data itself."""
 RATE_JUMP = 0.01
 """A change of the learning rate by this fraction is told."""

@@ -17,17 +17,18 @@ from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
-from gpt2_ddp.data.manifest import read_manifest
+from gpt2_ddp.data.manifest import Manifest, read_manifest
 from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.tokenizer import require_same_tokenizer
 from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, use_deterministic_kernels
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
-from gpt2_ddp.model.gpt import model_config
 from gpt2_ddp.model.huggingface import find_model, loadable_config
 from gpt2_ddp.model.shapes import parameter_count
+from gpt2_ddp.model.vocabulary import GPT2
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
@@ -75,13 +76,15 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
             uses, a disk without room, a board that does not answer.
     """
     hardware = found_hardware(context.device)
+    manifest = context.run_on_main(lambda: read_manifest(config.data_dir))
+    config = settle_vocabulary(config, manifest)
+    config, said_of_validation = settle_validation(config, manifest)
     dtype, said_of_dtype = settle_dtype(config, context, hardware)
     precision = Precision.of(dtype, context.device)
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
     compiled = compiles(config, hardware)
     config = settle_micro_batch(config, context, precision, compiled=compiled)
-    config, said_of_validation = settle_validation(config, context)
     plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
     yardsticks = context.run_on_main(lambda: find_yardsticks(config))
     sources = share_sources(config, context, plan, yardsticks)
@@ -118,15 +121,27 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
     elif config.dtype == "auto" and began:
         said.append(f"dtype: {began}, as at the start before; --dtype changes it")
     requested = began if began and config.dtype == "auto" else config.dtype
-    width = model_config(config.model).n_embd
-    speed = context.run_on_main(lambda: measure_speed(requested, hardware, width))
+    speed = context.run_on_main(lambda: measure_speed(requested, hardware, config.shape.n_embd))
     dtype, note = choose_dtype(requested, hardware, speed)
     return dtype, [*said, *([note] if note else [])]
 
 
-def settle_validation(config: TrainConfig, context: DistContext) -> tuple[TrainConfig, list[str]]:
-    """Without validation where rank 0's data were prepared so, and `--val-every` is the default; collective."""
-    manifest = context.run_on_main(lambda: read_manifest(config.data_dir))
+def settle_vocabulary(config: TrainConfig, manifest: Manifest | None) -> TrainConfig:
+    """With rows for the tokens of another tokenizer than GPT-2's, where --vocab-size does not say how many.
+
+    Raises:
+        UserError: where they are fewer than the tokenizer has ids.
+    """
+    ids = manifest.vocabulary if manifest else GPT2
+    if config.vocab_size is None:
+        return config if ids == GPT2 else replace(config, vocab_size=ids.padded)
+    if config.vocab_size < ids.size:
+        raise UserError(f"--vocab-size {config.vocab_size}: the tokens in {config.data_dir} have {ids.size} ids")
+    return config
+
+
+def settle_validation(config: TrainConfig, manifest: Manifest | None) -> tuple[TrainConfig, list[str]]:
+    """Without validation where rank 0's data were prepared so, and `--val-every` is the default."""
     if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
         return config, []
     return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
@@ -188,7 +203,8 @@ def find_weights(config: TrainConfig, found: Found) -> Path | None:
     """
     if found.path is not None or config.init_from is None:
         return None
-    wanted, source = model_config(config.model, dropout=config.dropout), find_model(config.init_from)
+    wanted, source = config.shape, find_model(config.init_from)
+    require_same_tokenizer(source, config.data_dir)
     there = loadable_config(source, vocab_size=wanted.vocab_size, dropout=config.dropout)
     if there != wanted:
         raise UserError(f"{source} is no {config.model}: it has {there}")
@@ -211,7 +227,7 @@ def require_room(config: TrainConfig) -> None:
     Raises:
         UserError: where not even one checkpoint fits on the disk of the run directory.
     """
-    shape = model_config(config.model)
+    shape = config.shape
     needed = torch.float32.itemsize * parameter_count(shape) + optimizer_rule(config).state_bytes(shape)
     disk = shutil.disk_usage(config.out_dir)
     if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros

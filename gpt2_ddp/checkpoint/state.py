@@ -12,9 +12,11 @@ from torch import Tensor
 
 from gpt2_ddp.checkpoint.choice import newest_good
 from gpt2_ddp.checkpoint.files import Content, read_tensors
+from gpt2_ddp.data.tokenizer import Tokenizer, files_of
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import hf_config, load_weights, to_hf
+from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.optim.optimizers import load_optimizer_tensors, optimizer_tensors
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount
@@ -121,15 +123,15 @@ def checkpoint_files(
     optimizer: torch.optim.Optimizer,
     *,
     facts: Mapping[str, object],
-    tokenizer: Mapping[str, bytes],
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Content]:
     """The files of a checkpoint: a Hugging Face GPT-2 directory, the optimizer's state and the run's.
 
     `facts` are what is told of the run beside its state, as JSON carries it, and is never put back.
     """
     return {
-        "config.json": hf_config(model.config),
-        **tokenizer,
+        "config.json": hf_config(model.config, tokenizer.eot_token if tokenizer else EOT),
+        **(files_of(tokenizer) if tokenizer else {}),
         "model.safetensors": to_hf(model.state_dict()),
         OPTIMIZER_FILE: optimizer_tensors(model, optimizer),
         STATE_FILE: {**state.state_dict(), **facts},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -31,6 +32,7 @@ def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
         raise UserError(f"no token shards (*train*.bin, *val*.bin, *.npy) in {data_dir}; {mend}")
     shards = tuple(read_shard(path) for path, found in paths.items() if found == split)
     if manifest:
+        shards = tuple(replace(shard, vocab_size=manifest.vocabulary.size) for shard in shards)
         require_listed({shard.path.name: shard.tokens for shard in shards}, manifest, split, data_dir)
     if not shards:
         without = ", or leave validation out by --val-every 0" if split == "val" else ""

@@ -6,9 +6,10 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from gpt2_ddp.data.shards import Split, anew, regular_size
+from gpt2_ddp.model.vocabulary import GPT2, MOST_TOKENS, Vocabulary
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import json_object, replace_file
 
@@ -44,6 +45,8 @@ class Manifest:
     unfinished: dict[Split, int]
     """Tokens in the part file of each split's next shard."""
     tokenizer: str = "gpt2"
+    """gpt2, or `sha256:` and the digest of the tokenizer.json beside the manifest."""
+    vocabulary: Vocabulary = GPT2
 
 
 def read_manifest(data_dir: Path) -> Manifest | None:
@@ -82,7 +85,7 @@ def require_listed(shards: dict[str, int], manifest: Manifest, split: Split, dat
             raise UserError(f"{data_dir / name}: {there} tokens by the manifest, {here} here; {anew(data_dir / name)}")
 
 
-def _parse_manifest(data: object) -> Manifest:
+def _parse_manifest(data: dict[str, Any]) -> Manifest:
     return Manifest(
         source=_get(data, "source", str),
         revision=_get(data, "revision", str),
@@ -93,7 +96,15 @@ def _parse_manifest(data: object) -> Manifest:
         next_chunk=_count(data, "next_chunk"),
         unfinished=_counts(data, "unfinished"),
         tokenizer=_get(data, "tokenizer", str),
+        vocabulary=_parse_vocabulary(data["vocabulary"]) if "vocabulary" in data else GPT2,
     )
+
+
+def _parse_vocabulary(data: object) -> Vocabulary:
+    found = Vocabulary(size=_count(data, "size"), eot=_count(data, "eot"))
+    if not found.eot < found.size <= MOST_TOKENS:
+        raise UserError(f"no vocabulary of shards has {found.size} ids with {found.eot} among them")
+    return found
 
 
 def _parse_record(data: object) -> ShardRecord:

@@ -38,6 +38,8 @@ class Shard:
     tokens: int
     offset: int = HEADER_BYTES
     """Bytes before the first token."""
+    vocab_size: int = VOCAB_SIZE
+    """The ids that its tokenizer has."""
 
     def open(self) -> Tokens:
         """The tokens, (tokens,) uint16, memory-mapped and read-only.
@@ -94,12 +96,13 @@ def check_tokens(shard: Shard, tokens: npt.NDArray[Any], start: int = 0) -> None
     """Check token ids of any shape that were read from `shard` from token `start` on.
 
     Raises:
-        UserError: if an id is not in GPT-2's vocabulary, with the shard and the position in it.
+        UserError: if an id is not in the shard's vocabulary, with the shard and the position in it.
     """
-    if tokens.size and tokens.max() >= VOCAB_SIZE:
-        at = int((tokens.ravel() >= VOCAB_SIZE).argmax())
+    if tokens.size and tokens.max() >= shard.vocab_size:
+        at = int((tokens.ravel() >= shard.vocab_size).argmax())
         found = f"token id {tokens.ravel()[at]} at position {start + at}"
-        raise UserError(f"{shard.path}: {found}, past GPT-2's vocabulary of {VOCAB_SIZE}; {anew(shard.path)}")
+        whose = "GPT-2's vocabulary" if shard.vocab_size == VOCAB_SIZE else "the vocabulary"
+        raise UserError(f"{shard.path}: {found}, past {whose} of {shard.vocab_size}; {anew(shard.path)}")
 
 
 def shard_name(split: Split, index: int) -> str:

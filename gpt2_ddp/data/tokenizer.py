@@ -1,7 +1,8 @@
-"""GPT-2's byte-pair encoding through tiktoken, without a download where the `[offline]` extra is installed.
+"""The tokenizer of some data or of a model: GPT-2's through tiktoken, or one of the user's own.
 
-The extra's package carries the two files that tiktoken asks for, byte for byte. They are put where tiktoken's cache
-looks, under the SHA-1 of their addresses, and tiktoken's own hash check verifies them.
+GPT-2's needs no download where the `[offline]` extra is installed: its package carries the two files that tiktoken asks
+for, byte for byte. They are put where tiktoken's cache looks, under the SHA-1 of their addresses, and tiktoken's own
+hash check verifies them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
 from tiktoken_ext import openai_public  # type: ignore[import-untyped]
 
-from gpt2_ddp.model.vocabulary import EOT
+from gpt2_ddp.data.manifest import read_manifest
+from gpt2_ddp.data.own_tokenizer import FILE, OwnTokenizer, has_own, name_in, named_eot, own_tokenizer, printable_bytes
+from gpt2_ddp.model.vocabulary import EOT, Vocabulary
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file
 
@@ -39,32 +44,108 @@ def load_tokenizer() -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
 
 
-def token_bytes(name: str, vocab_size: int) -> npt.NDArray[np.int32]:
-    """How many bytes of text each id of the tokenizer `name`, as a manifest calls it, stands for: (vocab_size,) int32.
+class Tokenizer(Protocol):
+    """Text to ids and back, as `tiktoken.Encoding` does it."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Its ids are 0 to this, exclusive."""
+
+    @property
+    def eot_token(self) -> int:
+        """The id that begins every document."""
+
+    @property
+    def special_tokens_set(self) -> set[str]:
+        """The tokens that stand for no text."""
+
+    def encode_single_token(self, text_or_bytes: str, /) -> int:
+        """The id of a special token."""
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are text like any other."""
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        """The text of ids, U+FFFD for what is no UTF-8."""
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """The bytes of text that an id stands for; a UserError where that cannot be told of one id."""
+
+
+def tokenizer_of_data(data_dir: Path) -> Tokenizer:
+    """The tokenizer of the shards in a data directory, GPT-2's where no manifest says otherwise.
+
+    Raises:
+        UserError: where it is not there, and as `load_tokenizer`.
+    """
+    manifest = read_manifest(data_dir)
+    if manifest is None or manifest.tokenizer == "gpt2":
+        return load_tokenizer()
+    tokenizer = own_tokenizer(data_dir, manifest.vocabulary.eot)
+    if tokenizer.name != manifest.tokenizer:
+        raise UserError(f"{data_dir / FILE} is {tokenizer.name}, and the shards beside it are of {manifest.tokenizer}")
+    return tokenizer
+
+
+def tokenizer_of_model(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint or of another Hugging Face directory, GPT-2's where that has none of its own.
+
+    Raises:
+        UserError: where its own cannot be read, and as `load_tokenizer`.
+    """
+    if not has_own(directory):
+        return load_tokenizer()
+    return own_tokenizer(directory, named_eot(directory))
+
+
+def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files from which `transformers.AutoTokenizer` builds the same tokenizer, by file name."""
+    return tokenizer.files() if isinstance(tokenizer, OwnTokenizer) else tokenizer_files()
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """Its ids."""
+    return Vocabulary(size=tokenizer.n_vocab, eot=tokenizer.eot_token)
+
+
+def require_same_tokenizer(directory: Path, data_dir: Path) -> None:
+    """
+    Raises:
+        UserError: where the tokens of the model in `directory` are not those of the shards in `data_dir`.
+    """
+    manifest = read_manifest(data_dir)
+    ours, theirs = name_in(directory), manifest.tokenizer if manifest else "gpt2"
+    if ours != theirs:
+        raise UserError(
+            f"{directory} reads the tokens of {ours[:15]}, and those in {data_dir} are of {theirs[:15]}: prepare the "
+            "text with its tokenizer"
+        )
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int32]:
+    """How many bytes of text each id of a tokenizer stands for: (vocab_size,) int32.
 
     A special token stands for no text, and so does an id that is no token: 0.
 
     Raises:
-        UserError: for another tokenizer than GPT-2's, and as `load_tokenizer`.
+        UserError: where the tokenizer has tokens of which that cannot be told.
     """
-    if name != "gpt2":
-        raise UserError(f"the bytes of the tokens of {name[:60]!r} are not known here")
-    encoding = load_tokenizer()
-    special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+    special = {tokenizer.encode_single_token(token) for token in tokenizer.special_tokens_set}
     lengths = np.zeros(vocab_size, np.int32)
-    for token in range(min(vocab_size, encoding.n_vocab)):
-        lengths[token] = 0 if token in special else len(encoding.decode_single_token_bytes(token))
+    for token in range(min(vocab_size, tokenizer.n_vocab)):
+        lengths[token] = 0 if token in special else len(tokenizer.decode_single_token_bytes(token))
     return lengths
 
 
+@cache
 def tokenizer_files() -> dict[str, bytes]:
-    """The files from which `transformers.AutoTokenizer` builds the same tokenizer, by file name.
+    """The files from which `transformers.AutoTokenizer` builds GPT-2's tokenizer, by file name.
 
     The merges are read back from the ranks: a token of rank r is made by the merge r of the two parts that the
     merges before r leave of it (Sennrich et al. 2016, section 3.2).
     """
     encoding = load_tokenizer()
-    letters = _printable_bytes()
+    letters = printable_bytes()
     tokens = [encoding.decode_single_token_bytes(token) for token in range(EOT)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
 
@@ -95,12 +176,6 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         at = joined.index(min(joined))
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
-
-
-def _printable_bytes() -> list[str]:
-    """For each byte, the character that stands for it in GPT-2's files: itself where it can be printed."""
-    shown = [chr(byte).isprintable() and chr(byte) != " " for byte in range(256)]
-    return [chr(byte if shown[byte] else 256 + shown[:byte].count(False)) for byte in range(256)]
 
 
 def _addresses() -> list[str]:

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tiktoken import Encoding
-
-from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.evaluation.multiple_choice import Accuracies, Question, accuracies
 from gpt2_ddp.model.gpt import GPT
-from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import json_object
 
@@ -91,7 +88,7 @@ def _example(line: bytes) -> Example:
     return Example(endings=tuple(endings), label=int(label), **texts)
 
 
-def render(example: Example, protocol: str, encoding: Encoding) -> Question:
+def render(example: Example, protocol: str, encoding: Tokenizer) -> Question:
     """The example as token ids, by `protocol`.
 
     Raises:
@@ -110,7 +107,7 @@ def render(example: Example, protocol: str, encoding: Encoding) -> Question:
         lengths = [len(choice) for choice in choices]
     else:
         raise UserError(f"unknown protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
-    return Question(context=context or [EOT], endings=endings, lengths=lengths, label=example.label)
+    return Question(context=context or [encoding.eot_token], endings=endings, lengths=lengths, label=example.label)
 
 
 def _clean(text: str) -> str:
@@ -124,6 +121,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     protocol: str,
+    tokenizer: Tokenizer | None = None,
     context: DistContext,
     sequence_length: int | None = None,
     autocast: AbstractContextManager[object] | None = None,
@@ -131,14 +129,15 @@ def evaluate(
 ) -> HellaSwagResult:
     """HellaSwag by `protocol`, the same for any number of ranks; draws no random number.
 
-    `sequence_length` is that of the training sequences: positions past it mean nothing to the model.
+    `tokenizer` is the model's, GPT-2's if not given. `sequence_length` is that of the training sequences: positions
+    past it mean nothing to the model.
 
     Raises:
         UserError: for an unknown protocol, or without examples.
     """
     if not examples:
         raise UserError("no HellaSwag examples")
-    encoding = load_tokenizer()
+    encoding = tokenizer or load_tokenizer()
     questions = [render(example, protocol, encoding) for example in examples]
     found = accuracies(
         model,
@@ -160,12 +159,14 @@ class HellaSwag:
     examples: Sequence[Example]
     protocol: str
     sequence_length: int
+    tokenizer: Tokenizer
 
     def run(self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int) -> Findings:
         found = evaluate(
             model,
             self.examples,
             protocol=self.protocol,
+            tokenizer=self.tokenizer,
             context=context,
             sequence_length=self.sequence_length,
             autocast=autocast,

@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import Tokenizer, vocabulary_of
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.attention import KeyValueCache
 from gpt2_ddp.model.gpt import GPT
-from gpt2_ddp.model.vocabulary import EOT, VOCAB_SIZE
+from gpt2_ddp.model.vocabulary import GPT2, Vocabulary
 from gpt2_ddp.system.errors import UserError
 
 PROMPT = "Language is"
@@ -35,13 +35,14 @@ def generate(
     stop_at_eot: bool = False,
     sequence_length: int | None = None,
     autocast: AbstractContextManager[object] | None = None,
+    vocabulary: Vocabulary = GPT2,
 ) -> Tensor:
     """The prompt and what follows it: (T,) or (B, T) ids -> (B, T + up to `max_new_tokens`) int64 on the CPU.
 
     Each row is a sample of its own. Only the last `sequence_length` tokens are looked at, `block_size` if not given:
     positions past the length of the training sequences mean nothing to a model. `temperature` 0 takes the likeliest
-    token; `top_k` draws among the k likeliest. With `stop_at_eot` a row that has ended goes on with end-of-text, and
-    the whole ends when all rows have.
+    token; `top_k` draws among the k likeliest; ids past the `vocabulary` are never drawn. With `stop_at_eot` a row that
+    has ended goes on with end-of-text, and the whole ends when all rows have.
 
     Draws on the CPU from a generator of its own, so that `seed` means the same on every device and no other random
     number changes; the model is left in the mode it was in.
@@ -51,28 +52,28 @@ def generate(
     """
     ids = torch.as_tensor(prompt, dtype=torch.int64).cpu()
     ids = ids[None] if ids.ndim == 1 else ids
-    _check(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    _check(ids, vocabulary.size, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     length = min(sequence_length or model.config.block_size, model.config.block_size)
     cache = [KeyValueCache(min(length, ids.shape[1] + max_new_tokens)) for _ in model.h]
     generator = torch.Generator().manual_seed(seed)
     ended = torch.zeros(len(ids), dtype=torch.bool)
     with evaluating(model), autocast or nullcontext():
         for _ in range(max_new_tokens):
-            tokens = _draw(_next_logits(model, ids, length, cache), temperature, top_k, generator)
+            tokens = _draw(_next_logits(model, ids, length, cache)[:, : vocabulary.size], temperature, top_k, generator)
             if stop_at_eot:
-                tokens = torch.where(ended, EOT, tokens)
-                ended |= tokens == EOT
+                tokens = torch.where(ended, vocabulary.eot, tokens)
+                ended |= tokens == vocabulary.eot
             ids = torch.cat([ids, tokens[:, None]], dim=1)
             if stop_at_eot and bool(ended.all()):
                 break
     return ids
 
 
-def _check(ids: Tensor, *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+def _check(ids: Tensor, tokens: int, *, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
     if ids.ndim != 2 or not ids.numel():
         raise UserError(f"a prompt of shape {tuple(ids.shape)}: give at least one token, as (T,) or (B, T)")
-    if int(ids.min()) < 0 or int(ids.max()) >= VOCAB_SIZE:
-        raise UserError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}: tokens are 0 to {EOT}")
+    if int(ids.min()) < 0 or int(ids.max()) >= tokens:
+        raise UserError(f"the prompt has ids from {int(ids.min())} to {int(ids.max())}: tokens are 0 to {tokens - 1}")
     if max_new_tokens < 0:
         raise UserError(f"{max_new_tokens} new tokens: give 0 or more")
     if not 0 <= temperature < float("inf"):
@@ -90,7 +91,7 @@ def _next_logits(model: GPT, ids: Tensor, length: int, cache: Sequence[KeyValueC
     slides = ids.shape[1] > length
     unread = ids[:, -length:] if slides else ids[:, cache[0].length :]
     features = model.features(unread.to(model.wte.weight.device), cache=None if slides else cache)
-    return model.logits(features[:, -1])[:, :VOCAB_SIZE].float().cpu()
+    return model.logits(features[:, -1]).float().cpu()
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -113,6 +114,7 @@ class Sample:
     every: int
     seed: int
     sequence_length: int
+    tokenizer: Tokenizer
     prompt: str = PROMPT
 
     def run(
@@ -120,15 +122,15 @@ class Sample:
     ) -> Findings | None:
         if not context.is_main:
             return None
-        encoding = load_tokenizer()
         tokens = generate(
             model,
-            encoding.encode_ordinary(self.prompt),
+            self.tokenizer.encode_ordinary(self.prompt),
             max_new_tokens=NEW_TOKENS,
             top_k=TOP_K,
             seed=self.seed + step,
             sequence_length=self.sequence_length,
             autocast=autocast,
+            vocabulary=vocabulary_of(self.tokenizer),
         )
-        text = encoding.decode(tokens[0].tolist())
+        text = self.tokenizer.decode(tokens[0].tolist())
         return Findings(line=f"step {step} | sample: {text}", values={"text": text})

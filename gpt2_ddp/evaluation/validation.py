@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.data.loader import ValidationData
-from gpt2_ddp.data.manifest import read_manifest
-from gpt2_ddp.data.tokenizer import token_bytes
+from gpt2_ddp.data.tokenizer import token_bytes, tokenizer_of_data
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.inference import evaluating
 from gpt2_ddp.evaluation.interface import Findings
@@ -76,15 +75,9 @@ def validation_loss(
 
 
 def find_byte_counts(data_dir: Path, vocab_size: int) -> tuple[ByteCounts | None, list[str]]:
-    """The `ByteCounts` of the tokens in a data directory, by its manifest's tokenizer, GPT-2's where there is none; or
-    None, and one line that says why.
-
-    Raises:
-        UserError: where the manifest is none.
-    """
-    manifest = read_manifest(data_dir)
+    """The `ByteCounts` of the tokens in a data directory, by its tokenizer; or None, and one line that says why."""
     try:
-        return token_bytes(manifest.tokenizer if manifest else "gpt2", vocab_size), []
+        return token_bytes(tokenizer_of_data(data_dir), vocab_size), []
     except UserError as error:
         return None, [f"no bits per byte: {error}"]
 

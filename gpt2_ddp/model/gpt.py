@@ -26,7 +26,8 @@ from gpt2_ddp.system.errors import UserError
 class GPTConfig:
     """The shape of a GPT-2.
 
-    Ids from `vocabulary.VOCAB_SIZE` on stand for nothing and are never sampled.
+    `vocab_size` counts the rows of the token embedding; those past the tokenizer's ids stand for nothing and are never
+    sampled.
     """
 
     block_size: int = 1024
@@ -62,15 +63,16 @@ SIZES = {
 """The four published shapes (table 2 of the paper) and three small ones for a laptop."""
 
 
-def model_config(name: str, *, dropout: float = 0.0) -> GPTConfig:
-    """The shape called `name`.
+def model_config(name: str, *, dropout: float = 0.0, vocab_size: int | None = None) -> GPTConfig:
+    """The shape called `name`, for GPT-2's vocabulary or with `vocab_size` rows of the token embedding.
 
     Raises:
         UserError: where there is no such model.
     """
     if name not in SIZES:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(SIZES)}")
-    return replace(SIZES[name], dropout=dropout)
+    shape = replace(SIZES[name], dropout=dropout)
+    return shape if vocab_size is None else replace(shape, vocab_size=vocab_size)
 
 
 RunBlock = Callable[..., Tensor]

@@ -30,15 +30,15 @@ CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\
 """The matrices that transformers keeps as (in, out), where `torch.nn.Linear` has (out, in)."""
 
 
-def hf_config(config: GPTConfig) -> dict[str, object]:
-    """The `config.json` of a `GPT2LMHeadModel` of this shape; `vocab_size` keeps its padding."""
+def hf_config(config: GPTConfig, eot: int = EOT) -> dict[str, object]:
+    """The `config.json` of a `GPT2LMHeadModel` of this shape, padding and all; `eot` begins its documents."""
     return {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
         "attn_pdrop": config.dropout,
-        "bos_token_id": EOT,
+        "bos_token_id": eot,
         "embd_pdrop": config.dropout,
-        "eos_token_id": EOT,
+        "eos_token_id": eot,
         "initializer_range": 0.02,
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "model_type": "gpt2",

@@ -26,7 +26,7 @@ from drivers.surroundings import SURROUNDINGS
 from drivers.watchers import WATCHERS
 
 from gpt2_ddp import train
-from gpt2_ddp.build import opening
+from gpt2_ddp.data.tokenizer import tokenizer_files
 from gpt2_ddp.model.gpt import SIZES, GPTConfig
 from gpt2_ddp.system import cli
 
@@ -58,8 +58,7 @@ def leave(main: Callable[[], None]) -> None:
 
 def serve() -> None:
     """Answer each request, one line of JSON: `argv`, `faults`, `env`, `output`, `console` start one, `wait` waits."""
-    files = opening.tokenizer_files()
-    opening.tokenizer_files = lambda: files
+    tokenizer_files()  # which stay with each child
     gc.freeze()  # else each child would copy all of this process's objects when it looks for garbage
     for line in sys.stdin:
         request = json.loads(line)

@@ -53,7 +53,7 @@ def new_state() -> TrainState:
 def write(model: GPT, optimizer: torch.optim.Optimizer) -> None:
     state = new_state()
     state.step = 3
-    files = checkpoint_files(state, model, optimizer, facts={"config": {}}, tokenizer={})
+    files = checkpoint_files(state, model, optimizer, facts={"config": {}})
     checkpoint.write_checkpoint(Path("run/checkpoints/step_00000003"), files)
 
 

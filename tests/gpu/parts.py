@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch._dynamo  # noqa: F401  so that the parts, which are forked, have it
 
-from gpt2_ddp.build import opening
 from gpt2_ddp.data.tokenizer import tokenizer_files
 from gpu import correctness, measurements
 from gpu.runner import Part
@@ -13,8 +12,7 @@ from gpu.scene import GPUS, warm_up_wiring
 
 def shared_vocabulary() -> None:
     """Read the tokenizer's files once for all parts."""
-    files = tokenizer_files()
-    opening.tokenizer_files = lambda: files
+    tokenizer_files()
 
 
 __all__ = ["GPUS", "PARTS", "warm_up_wiring"]
