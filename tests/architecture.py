@@ -76,6 +76,8 @@ BESIDE = {
     "model.compilation": "speed",
     "model.block_attention": "speed in bfloat16 on CPUs",
     "model.recomputation": "memory",
+    "build.by_manifest": "tokens of another tokenizer, data without a validation split",
+    "build.prolonging": "runs that go on for longer than they were to, and rates that jump",
     "system.allocator": "speed on CPUs",
     "system.checkout": "which program it was",
     "system.console": "a console that nobody reads any more",

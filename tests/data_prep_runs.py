@@ -17,7 +17,7 @@ import pytest
 from running import ROOT, environment, run
 
 from data_prep import prepare as preparing
-from data_prep.encoding import EncodedChunk, Encoder
+from data_prep.encoding import EncodedChunk, Encoder, OwnEncoder
 from data_prep.sources import Source
 from gpt2_ddp.data.tokenizer import load_tokenizer
 
@@ -29,10 +29,10 @@ NO_NETWORK = {
 COMMAND = [sys.executable, "-m", "data_prep"]
 
 
-def tokenize_here(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
+def tokenize_here(monkeypatch: pytest.MonkeyPatch, encoder: Encoder | OwnEncoder) -> None:
     """From now on commands tokenize in this process, not by workers, whose start takes seconds."""
 
-    def encoded_chunks(source: Source, first: int, _workers: int) -> Iterator[EncodedChunk]:
+    def encoded_chunks(source: Source, first: int, _workers: int, _tokenizer: object) -> Iterator[EncodedChunk]:
         return (encoder.encode(source.documents(chunk)) for chunk in source.chunks(first))
 
     monkeypatch.setattr(preparing, "encoded_chunks", encoded_chunks)

@@ -18,6 +18,7 @@ import numpy as np
 
 from gpt2_ddp.data.manifest import Manifest, ShardRecord, write_manifest
 from gpt2_ddp.data.shards import read_shard, write_shard
+from gpt2_ddp.model.vocabulary import GPT2, Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -51,7 +52,7 @@ def write_shards(
     return folder
 
 
-def describe(folder: Path, *, source: str = "tests", tokenizer: str = "gpt2") -> Path:
+def describe(folder: Path, *, source: str = "tests", tokenizer: str = "gpt2", vocabulary: Vocabulary = GPT2) -> Path:
     """Put a manifest beside the shards in `folder`, as data_prep does."""
     records = [
         ShardRecord(name=path.name, tokens=read_shard(path).tokens, sha256=sha256(path))
@@ -67,6 +68,7 @@ def describe(folder: Path, *, source: str = "tests", tokenizer: str = "gpt2") ->
         next_chunk=0,
         unfinished={"train": 0, "val": 0},
         tokenizer=tokenizer,
+        vocabulary=vocabulary,
     )
     write_manifest(folder, manifest)
     return folder

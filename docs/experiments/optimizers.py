@@ -2,6 +2,7 @@
 
     python docs/experiments/optimizers.py run DATA OUT        one run after the other; start it twice for two at a time
     python docs/experiments/optimizers.py tell OUT            the table, and OUT/curves.png
+    python docs/experiments/optimizers.py average DATA OUT    means of a run's last weights
 
 DATA is what `python -m data_prep text` made; OUT gets a run directory for each run. A run that is done is left as it
 is, and one that was stopped goes on. What a later stage runs follows from what the stage before has found.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,8 @@ RATES = ("1e-3", "2e-3", "4e-3")
 BEYOND = {"1e-3": "5e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
 """What is run as well where the best rate is the first or the last of those that were."""
 SCHEDULES = ("linear", "cosine")
+TAIL = {"checkpoint_every": "20", "keep_checkpoints": "6"}
+"""Of the runs whose last weights are averaged: six checkpoints over the last 100 steps."""
 Flags = dict[str, str]
 
 
@@ -87,28 +91,34 @@ def grid(out: Path, optimizer: str, schedule: str) -> tuple[list[str], str | Non
 
 
 def stages(out: Path) -> Iterator[Flags]:
-    """Every run, in the order in which they are made: the grid, more seeds, shorter runs of Muon, what else was tried.
+    """Every run, in the order in which they are made: for each schedule the grid and more seeds, and what goes beside.
 
     A later stage is there once the stages before it are done.
     """
-    grids = {(optimizer, s): grid(out, optimizer, s) for s in SCHEDULES for optimizer in ("adamw", "muon")}
-    for (optimizer, schedule), (rates, _) in grids.items():
-        for rate in rates:
-            yield arm(optimizer, schedule, rate)
-    chosen = {key: best for key, (_, best) in grids.items() if best is not None}
-    for seed in SEEDS[1:]:
-        for (optimizer, schedule), rate in chosen.items():
-            yield arm(optimizer, schedule, rate, seed=seed)
-    for (optimizer, schedule), rate in chosen.items():
-        if schedule == "linear":
-            yield arm(optimizer, "wsd", rate)
-    if muon := chosen.get(("muon", "linear")):
+    for schedule in SCHEDULES:
+        grids = {optimizer: grid(out, optimizer, schedule) for optimizer in ("adamw", "muon")}
+        for optimizer, (rates, _) in grids.items():
+            for rate in rates:
+                yield arm(optimizer, schedule, rate)
+        for seed in SEEDS[1:]:
+            for optimizer, (_, best) in grids.items():
+                if best is not None:
+                    yield arm(optimizer, schedule, best, seed=seed)
+        if schedule == SCHEDULES[0]:
+            yield from beside({optimizer: best for optimizer, (_, best) in grids.items() if best is not None})
+
+
+def beside(best: dict[str, str]) -> Iterator[Flags]:
+    """At the best rates under a line to 0: shorter runs of Muon, and what else was tried."""
+    if muon := best.get("muon"):
         for steps in (290, 350):
             for seed in SEEDS:
                 yield arm("muon", "linear", muon, steps=steps, seed=seed)
         yield arm("muon", "linear", muon, muon_momentum_warmup="0")
         for factor in (0.5, 2.0):  # AdamW's share, the tied embedding before all
             yield arm("muon", "linear", f"{float(muon) * factor:g}", muon_lr=muon)
+    for optimizer, rate in best.items():
+        yield arm(optimizer, "wsd", rate, **TAIL)
 
 
 def train(flags: Flags, data: Path, out: Path) -> int:
@@ -150,6 +160,24 @@ def tell(out: Path) -> int:
     return 0
 
 
+def average(data: Path, out: Path) -> int:
+    """The validation loss of the mean of the last checkpoints of each run that kept them, beside that of its end."""
+    from safetensors.torch import load_file, save_file
+
+    for run in sorted(out.glob("*checkpoint-every*")):
+        files = sorted(run.glob("checkpoints/step_*/model.safetensors"))
+        for count in (2, 3, 6):
+            weights = [load_file(file) for file in files[-count:]]
+            mean = {name: sum(each[name].double() for each in weights).div(count).float() for name in weights[0]}
+            folder = out / "averages" / f"{run.name}_{count}"
+            shutil.copytree(files[-1].parent, folder, dirs_exist_ok=True)
+            save_file(mean, folder / "model.safetensors", metadata={"format": "pt"})
+            command = ["-m", "eval", "val-loss", "--model", str(folder), "--data-dir", str(data), "--dtype", "float32"]
+            command += ["--val-tokens", COMMON["val-tokens"], "--device", "cpu"]
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    return 0
+
+
 def draw(out: Path, groups: dict[str, list[Flags]]) -> None:
     import matplotlib.pyplot as plt
 
@@ -168,12 +196,14 @@ def draw(out: Path, groups: dict[str, list[Flags]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    running, telling = commands.add_parser("run"), commands.add_parser("tell")
-    running.add_argument("data", type=Path)
-    for each in (running, telling):
-        each.add_argument("out", type=Path)
-    chosen = parser.parse_args()
-    return run(chosen.data, chosen.out) if chosen.command == "run" else tell(chosen.out)
+    for name, does in (("run", run), ("tell", tell), ("average", average)):
+        command = commands.add_parser(name)
+        for place in ("data", "out") if does is not tell else ("out",):
+            command.add_argument(place, type=Path)
+        command.set_defaults(does=does)
+    chosen = vars(parser.parse_args())
+    del chosen["command"]
+    return int(chosen.pop("does")(**chosen))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from gpt2_ddp.build.by_manifest import settle_validation, settle_vocabulary
 from gpt2_ddp.build.compiling import compiles
 from gpt2_ddp.build.evaluations import Yardsticks, find_yardsticks, make_evaluations
 from gpt2_ddp.build.micro_batch import settle_micro_batch
@@ -17,7 +18,7 @@ from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
-from gpt2_ddp.data.manifest import Manifest, read_manifest
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.tokenizer import require_same_tokenizer
 from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
@@ -28,7 +29,6 @@ from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
 from gpt2_ddp.model.huggingface import find_model, loadable_config
 from gpt2_ddp.model.shapes import parameter_count
-from gpt2_ddp.model.vocabulary import GPT2
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
@@ -124,27 +124,6 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
     speed = context.run_on_main(lambda: measure_speed(requested, hardware, config.shape.n_embd))
     dtype, note = choose_dtype(requested, hardware, speed)
     return dtype, [*said, *([note] if note else [])]
-
-
-def settle_vocabulary(config: TrainConfig, manifest: Manifest | None) -> TrainConfig:
-    """With rows for the tokens of another tokenizer than GPT-2's, where --vocab-size does not say how many.
-
-    Raises:
-        UserError: where they are fewer than the tokenizer has ids.
-    """
-    ids = manifest.vocabulary if manifest else GPT2
-    if config.vocab_size is None:
-        return config if ids == GPT2 else replace(config, vocab_size=ids.padded)
-    if config.vocab_size < ids.size:
-        raise UserError(f"--vocab-size {config.vocab_size}: the tokens in {config.data_dir} have {ids.size} ids")
-    return config
-
-
-def settle_validation(config: TrainConfig, manifest: Manifest | None) -> tuple[TrainConfig, list[str]]:
-    """Without validation where rank 0's data were prepared so, and `--val-every` is the default."""
-    if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
-        return config, []
-    return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:

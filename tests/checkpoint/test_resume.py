@@ -11,7 +11,7 @@ import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
-from gpt2_ddp.build.resume import rate_jump
+from gpt2_ddp.build.prolonging import rate_jump
 from gpt2_ddp.build.settling import require_room
 from gpt2_ddp.checkpoint.choice import named
 from gpt2_ddp.config import TrainConfig

@@ -70,6 +70,7 @@ RECOMPUTED = "test_wiring.py::test_a_run_is_what_its_flags_say"
 SEEN_BY = {
     **dict.fromkeys([name.replace("-", "_") for name in OTHERWISE | MUON], RECOMPUTED),
     "model": "test_wiring.py::test_the_model_is_the_one_that_is_named",
+    "vocab_size": "test_own_tokenizer.py::test_rows_by_hand",
     "init_from": "test_train.py::test_starting_from_another_runs_weights",
     "data_dir": "test_hang_and_drift.py::test_other_data_on_one_rank_is_refused_at_the_start",
     "out_dir": "test_train.py::test_resume_from_a_named_checkpoint",

@@ -1,0 +1,75 @@
+"""A run that goes on under other rates: one that is prolonged from before its cool-down, and rates that jump."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2_ddp.build.rules import learning_rates
+from gpt2_ddp.checkpoint.choice import FINISHED, set_aside
+from gpt2_ddp.checkpoint.files import faults, step_name
+from gpt2_ddp.config import TrainConfig, flag
+from gpt2_ddp.optim.schedules import SCHEDULES, Schedule
+
+RATE_JUMP = 0.01
+"""A change of the learning rate by this fraction is told."""
+
+
+def branch_to_prolong(config: TrainConfig, state: Mapping[str, Any], directory: Path) -> Path | None:
+    """The checkpoint before the cool-down that the run in `state` was in, where `config` has it go on for longer."""
+    before, now = saved_rates(config, state["config"]), learning_rates(config)
+    if before is None or before.branch_step is None or now.branch_step is None:
+        return None
+    cooling, longer = before.branch_step < state["step"], now.max_steps > before.max_steps
+    branch = directory / step_name(before.branch_step)
+    good = cooling and longer and now.branch_step > before.branch_step and branch.exists() and not faults(branch)
+    return branch if good else None
+
+
+def put_finished_aside(config: TrainConfig, path: Path) -> list[str]:
+    """Keep the last checkpoint and the log of a run that is prolonged from before them."""
+    log, kept = config.out_dir / "metrics.jsonl", config.out_dir / f"metrics.{path.name}.jsonl"
+    if log.exists():
+        shutil.copyfile(log, kept)
+    stays = set_aside(path, FINISHED).name
+    return [f"going back to before the cool-down: {path.name} stays as {stays}, its log as {kept.name}"]
+
+
+def saved_rates(config: TrainConfig, saved: Mapping[str, Any]) -> Schedule | None:
+    """The learning rates by the `saved` flags; None where the configuration is not one of ours."""
+    try:
+        schedule = learning_rates(replace(config, **saved_rate_flags(saved)))
+        schedule.rate(1)
+    except (TypeError, ValueError, KeyError):
+        return None
+    return schedule
+
+
+def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[str]:
+    """A line each where flags that differ from the `saved` ones make the rate, or Muon's own, jump after `step`."""
+    before = saved_rate_flags(saved)
+    changed = [name for name, value in before.items() if value != getattr(config, name)]
+    saved_schedule = saved_rates(config, saved)
+    if saved_schedule is None:
+        return []
+    old, new = (schedule.rate(step + 1) for schedule in (saved_schedule, learning_rates(config)))
+    if step >= config.max_steps:
+        return []
+    said = []
+    if abs(new - old) > RATE_JUMP * max(new, old):
+        flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
+        said.append(f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}")
+    own = saved.get("muon_lr")
+    if config.optimizer == "muon" and own not in (None, config.muon_lr):
+        said.append(f"Muon's learning rate jumps at step {step + 1}: --muon-lr {own} is now {config.muon_lr}")
+    return said
+
+
+def saved_rate_flags(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the `saved` flags, those that decide the learning rate of a step, and may change within a run."""
+    decisive = {"schedule", "min_lr"} | {field.name for kind in SCHEDULES.values() for field in fields(kind)}
+    flags = {"schedule": "cosine", **saved}  # which it was before there was a choice
+    return {field.name: flags[field.name] for field in fields(TrainConfig) if field.name in decisive & flags.keys()}
