@@ -41,6 +41,8 @@ RATES = ("1e-3", "2e-3", "4e-3")
 BEYOND = {"1e-3": "5e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
 """What is run as well where the best rate is the first or the last of those that were."""
 SCHEDULES = ("linear", "cosine")
+SHORTER = (75, 100, 150)
+"""Steps of Muon's shorter runs, chosen when the grid was known: its best run of 500 passed AdamW's end at about 145."""
 TAIL = {"checkpoint_every": "20", "keep_checkpoints": "6"}
 """Of the runs whose last weights are averaged: six checkpoints over the last 100 steps."""
 Flags = dict[str, str]
@@ -111,7 +113,7 @@ def stages(out: Path) -> Iterator[Flags]:
 def beside(best: dict[str, str]) -> Iterator[Flags]:
     """At the best rates under a line to 0: shorter runs of Muon, and what else was tried."""
     if muon := best.get("muon"):
-        for steps in (290, 350):
+        for steps in SHORTER:
             for seed in SEEDS:
                 yield arm("muon", "linear", muon, steps=steps, seed=seed)
         yield arm("muon", "linear", muon, muon_momentum_warmup="0")
@@ -119,6 +121,7 @@ def beside(best: dict[str, str]) -> Iterator[Flags]:
             yield arm("muon", "linear", f"{float(muon) * factor:g}", muon_lr=muon)
     for optimizer, rate in best.items():
         yield arm(optimizer, "wsd", rate, **TAIL)
+        yield arm(optimizer, "linear", rate, beta2="0.99")
 
 
 def train(flags: Flags, data: Path, out: Path) -> int:
