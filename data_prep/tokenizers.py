@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class TrainTokenizer:
         for name, contents in tokenizer.files().items():
             replace_file(self.out / name, contents)
         print(f"{tokenizer.n_vocab:,} tokens in {self.out / FILE}")
-        print(f"next: python -m data_prep text {' '.join(self.paths)} --tokenizer {self.out} --out DIR")
+        paths = " ".join(self.paths) if len(self.paths) < 4 else "FILES_OR_FOLDERS"
+        print(f"next: python -m data_prep text {paths} --tokenizer {self.out} --out DIR")
 
 
 def trained(source: Source, vocab_size: int) -> bytes:
@@ -95,7 +97,12 @@ def trained(source: Source, vocab_size: int) -> bytes:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[ENDS[0]], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[ENDS[0]],
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
     tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
     return str(tokenizer.to_str(pretty=True)).encode()
 
