@@ -38,7 +38,7 @@ COMMON = {
 }
 RATES = ("1e-3", "2e-3", "4e-3")
 """The grid, the same for both. Under Muon the rest of the model, AdamW's share, takes the rate of the matrices."""
-BEYOND = {"1e-3": "5e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
+BEYOND = {"1e-3": "5e-4", "5e-4": "2.5e-4", "2.5e-4": "1.25e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
 """What is run as well where the best rate is the first or the last of those that were."""
 SCHEDULES = ("linear", "cosine")
 SHORTER = (75, 100, 150)
