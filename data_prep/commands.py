@@ -180,6 +180,30 @@ class HellaSwag:
         print(f"next: python -m eval hellaswag --model gpt2 --data {path}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What a directory of token shards holds: counts, whether it is whole, how it reads, and what will hurt a run.
+
+    Any directory that the trainer takes: of data_prep, llm.c, build-nanogpt, or nanoGPT.
+    """
+
+    directory: Positional[Path]
+    """Where the shards lie."""
+    sequence_length: int = 1024
+    """Tokens in a window of the run that you have in mind."""
+    documents: int = 2
+    """How many documents of each split to show."""
+
+    def run(self) -> None:
+        """Print it; a directory that is damaged is an error after all lines."""
+        from .report import inspect
+
+        if self.sequence_length < 1 or self.documents < 0:
+            raise UserError("--sequence-length should be 1 or more, --documents 0 or more")
+        for line in inspect(self.directory, sequence_length=self.sequence_length, documents=self.documents):
+            print(line)
+
+
 def downloaded_shakespeare(directory: Path) -> Path:
     """The text in `directory`, downloaded if it is not there.
 
@@ -208,5 +232,6 @@ Command = (
     | Annotated[FinewebEdu, subcommand("fineweb-edu")]
     | Annotated[Shakespeare, subcommand("shakespeare")]
     | Annotated[HellaSwag, subcommand("hellaswag")]
+    | Annotated[Inspect, subcommand("inspect")]
 )
 """What `python -m data_prep` can do."""
