@@ -24,7 +24,7 @@ DEFAULT_STEP, DEFAULT_STEPS = 32_768, 19_073
 PASSES = 4
 """So often data may be seen almost like new (Muennighoff et al. 2023, "Scaling Data-Constrained Language Models")."""
 SAMPLES, SAMPLE_TOKENS = 400, 512
-"""Places of a split, evenly spaced, at which it is judged, and how much of it there."""
+"""At most so many places of a split, evenly spaced, at which it is judged, and how much of it there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ def inspect_split(
 
 def _share_of_no_text(stream: Stream, tokenizer: tiktoken.Encoding) -> float:
     judged = no_text = 0
-    for at in sorted({len(stream) * number // SAMPLES for number in range(SAMPLES)}):
-        tokens = stream.read(at, SAMPLE_TOKENS)
+    places = min(SAMPLES, -(-len(stream) // SAMPLE_TOKENS))
+    for number in range(places):
+        tokens = stream.read(len(stream) * number // places, SAMPLE_TOKENS)
         for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.eot_token)):
             judged += len(part)
             no_text += len(part) * hardly_text(decode(tokenizer, part[part != tokenizer.eot_token]), len(part))
@@ -97,7 +98,7 @@ def harm(inspected: Sequence[Inspected], sequence_length: int) -> list[str]:
     """What will hurt a run, with a mend each."""
     train = inspected[0]
     found = []
-    step = DEFAULT_STEP // sequence_length
+    step = max(1, DEFAULT_STEP // sequence_length)
     if train.windows < step:
         found.append(
             f"few windows: {train.windows} of {sequence_length:,} tokens for training, and one step takes {step} by "
