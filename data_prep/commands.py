@@ -11,10 +11,11 @@ from typing import Annotated, ClassVar
 
 from tyro.conf import Positional, subcommand
 
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
 
-from .files import KINDS, PACKED, Files
+from .files import READ, UNREAD, Files
 from .output import require_place
 from .prepare import Settings, chosen_workers, prepare
 from .sources import PythonTopics, Source
@@ -83,14 +84,14 @@ class Demo(Shards):
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Shards):
-    """Files of .txt, .jsonl and .parquet.
+    """Files of .txt, .jsonl and .parquet, the first two also as .gz and .zst.
 
     A document is a line of .jsonl, a row of .parquet, or a .txt file; a .txt file longer than 64 KiB is cut at
-    blank lines into documents of about that size.
+    blank lines into documents of about that size. Packed files are read once beforehand, to see that they are whole.
     """
 
     paths: Positional[tuple[str, ...]]
-    """Files, folders and glob patterns."""
+    """Files, folders, glob patterns, and addresses that fsspec reads: s3://bucket/folder, hf://datasets/OWNER/NAME/*."""
     text_field: str = "text"
     """Field of .jsonl and column of .parquet that holds the text."""
 
@@ -99,9 +100,10 @@ class Text(Shards):
             raise UserError("no file given; python -m data_prep text FILE_OR_FOLDER... --out DIR")
         files = Files(paths=self.paths, text_field=self.text_field)
         if left_out := files.left_out():
-            packed = " (unpack them first)" if any(suffix in left_out for suffix in PACKED) else ""
-            print(f"left out: {left_out}{packed}; {', '.join(KINDS)} are read")
-        files.check()
+            packed = " (unpack them first)" if any(suffix in left_out for suffix in UNREAD) else ""
+            print(f"left out: {left_out}{packed}; {READ} are read")
+        begun = read_manifest(self.out) if self.out.is_dir() else None
+        files.check(whole=begun is None or begun.revision != files.revision)
         return files
 
 
@@ -184,6 +186,30 @@ class HellaSwag:
         print(f"next: python -m eval hellaswag --model gpt2 --data {path}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """What a directory of token shards holds: counts, whether it is whole, how it reads, and what will hurt a run.
+
+    Any directory that the trainer takes: of data_prep, llm.c, build-nanogpt, or nanoGPT.
+    """
+
+    directory: Positional[Path]
+    """Where the shards lie."""
+    sequence_length: int = 1024
+    """Tokens in a window of the run that you have in mind."""
+    documents: int = 2
+    """How many documents of each split to show."""
+
+    def run(self) -> None:
+        """Print it; a directory that is damaged is an error after all lines."""
+        from .report import inspect
+
+        if self.sequence_length < 1 or self.documents < 0:
+            raise UserError("--sequence-length should be 1 or more, --documents 0 or more")
+        for line in inspect(self.directory, sequence_length=self.sequence_length, documents=self.documents):
+            print(line)
+
+
 def downloaded_shakespeare(directory: Path) -> Path:
     """The text in `directory`, downloaded if it is not there.
 
@@ -213,5 +239,6 @@ Command = (
     | Annotated[Shakespeare, subcommand("shakespeare")]
     | Annotated[TrainTokenizer, subcommand("train-tokenizer")]
     | Annotated[HellaSwag, subcommand("hellaswag")]
+    | Annotated[Inspect, subcommand("inspect")]
 )
 """What `python -m data_prep` can do."""

@@ -1,14 +1,17 @@
-"""Pieces of .txt, .jsonl and .parquet files to documents. A piece is read without the pieces before it."""
+"""Pieces of .txt, .jsonl and .parquet files to documents. A piece is read without the pieces before it.
+
+Of a packed file that cannot be: there, a piece brings its bytes along.
+"""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
@@ -17,10 +20,13 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import json_object
 
-from .sources import CONVERT, text_of
+from .places import Place, filesystem, kind_of, opened, refusals_told, unpacked
+from .sources import CHUNK_BYTES, CONVERT, text_of
 
 DOCUMENT_BYTES = 1 << 16
 """A longer .txt file is cut at blank lines into documents of about this size, so that it is never in memory whole."""
+LINE_BYTES = 1 << 26
+"""A longer line of a packed .jsonl file is refused: what unpacks to a thousand times its size must fit into memory."""
 PARQUET_ROWS = 1024
 """Rows decoded at a time."""
 PARQUET_BYTES = 1 << 23
@@ -34,10 +40,38 @@ JSON_NAMES = {dict: "an object", list: "an array", bool: "true or false"}
 class Piece:
     """Part of a file: bytes of .txt and .jsonl, rows of one row group of .parquet."""
 
-    path: Path
+    path: Place
     start: int
     stop: int
     row_group: int = 0
+    contents: bytes | None = None
+    """Of a packed file, unpacked: the bytes from `start` on, past `stop` as far as the last document may reach."""
+    first_line: int = 1
+    """Its number, where a packed file's lines are the contents."""
+
+
+def packed_pieces(place: Place) -> Iterator[Piece]:
+    """A packed file in pieces, which are those of the unpacked one, but that lines are never cut.
+
+    Raises:
+        UserError: where it is damaged or ends early, and for a line that is too long.
+    """
+    with unpacked(place) as file:
+        if kind_of(place) == ".txt":
+            start, held = 0, b""
+            while held := held + file.read(CHUNK_BYTES + DOCUMENT_BYTES - len(held)):
+                stop = start + min(len(held), CHUNK_BYTES)
+                yield Piece(path=place, start=start, stop=stop, contents=held)
+                start, held = stop, held[CHUNK_BYTES:]
+            return
+        start, line = 0, 1
+        while block := file.read(CHUNK_BYTES):
+            block += file.readline(LINE_BYTES)
+            if len(block) >= CHUNK_BYTES + LINE_BYTES and not block.endswith(b"\n"):
+                number = line + block.count(b"\n")
+                raise UserError(f"{place}, line {number}: more than {LINE_BYTES:,} bytes; split it, or unpack the file")
+            yield Piece(path=place, start=start, stop=start + len(block), contents=block, first_line=line)
+            start, line = start + len(block), line + block.count(b"\n")
 
 
 def text_documents(piece: Piece) -> Iterator[str]:
@@ -46,9 +80,11 @@ def text_documents(piece: Piece) -> Iterator[str]:
     Raises:
         UserError: for bytes that are not UTF-8.
     """
-    with open(piece.path, "rb") as file:
-        file.seek(piece.start)
-        text = file.read(piece.stop - piece.start + DOCUMENT_BYTES)
+    text = piece.contents
+    if text is None:
+        with opened(piece.path) as file:
+            file.seek(piece.start)
+            text = file.read(piece.stop - piece.start + DOCUMENT_BYTES)
     begin = _cut(text, 0) if piece.start else 0
     for target in range(DOCUMENT_BYTES, piece.stop - piece.start + DOCUMENT_BYTES, DOCUMENT_BYTES):
         end = _cut(text, target)
@@ -83,17 +119,29 @@ def json_documents(piece: Piece, text_field: str) -> Iterator[str | None]:
     Raises:
         UserError: for a line that is not a JSON object with that field, by its number.
     """
-    with open(piece.path, "rb") as file:
+    for begin, line in _lines(piece):
+        if line.isspace():
+            continue
+        try:
+            yield _text_of(json_object(line), text_field)
+        except UserError as error:
+            raise UserError(f"{piece.path}, line {_line_number(piece, begin)}: {error}") from error
+
+
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin within the piece, each with its offset in what the piece is read from."""
+    if piece.contents is not None:
+        begin = 0
+        for line in io.BytesIO(piece.contents):
+            yield begin, line
+            begin += len(line)
+        return
+    with opened(piece.path) as file:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline(piece.stop - piece.start + 1)
         while (begin := file.tell()) < piece.stop and (line := file.readline()):
-            if line.isspace():
-                continue
-            try:
-                yield _text_of(json_object(line), text_field)
-            except UserError as error:
-                raise UserError(f"{piece.path}, line {_line_number(piece.path, begin)}: {error}") from error
+            yield begin, line
 
 
 def _text_of(record: Mapping[str, object], text_field: str) -> str | None:
@@ -112,16 +160,18 @@ def choices(fields: Iterable[str]) -> str:
     return "no other field holds text either: write the texts into a field of their own"
 
 
-def _line_number(path: Path, offset: int) -> int:
+def _line_number(piece: Piece, offset: int) -> int:
+    if piece.contents is not None:
+        return piece.first_line + piece.contents.count(b"\n", 0, offset)
     count = 1
-    with open(path, "rb") as file:
+    with opened(piece.path) as file:
         while offset > 0 and (block := file.read(min(offset, 1 << 20))):
             count += block.count(b"\n")
             offset -= len(block)
     return count
 
 
-def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
+def parquet_pieces(path: Place, text_field: str) -> Iterator[Piece]:
     """The row groups of a .parquet file, each in as few pieces of like size as `PARQUET_BYTES` allow.
 
     Raises:
@@ -139,7 +189,7 @@ def parquet_pieces(path: Path, text_field: str) -> Iterator[Piece]:
 class ParquetRows:
     """The texts of one file, in constant memory. Pieces of a row group cost least in their order."""
 
-    def __init__(self, path: Path, text_field: str) -> None:
+    def __init__(self, path: Place, text_field: str) -> None:
         self.path, self._text_field = path, text_field
         self._file = _open_parquet(path, text_field)
         self._row_group, self._next = -1, 0
@@ -173,9 +223,10 @@ class ParquetRows:
             yield from (text_of(value, f"{where}, row {row}") for row, value in enumerate(values, start=first))
 
 
-def _open_parquet(path: Path, text_field: str) -> Any:
+def _open_parquet(path: Place, text_field: str) -> Any:
+    files, name = filesystem(path) if isinstance(path, str) else (None, path)
     with _errors_named(path):
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(name, filesystem=files)
     schema = file.schema_arrow
     require_text(schema, text_field, str(path))
     return file
@@ -214,9 +265,11 @@ def _plain(array: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _errors_named(path: Path) -> Iterator[None]:
+def _errors_named(path: Place) -> Iterator[None]:
+    refusals = refusals_told(path) if isinstance(path, str) else contextlib.nullcontext()
     try:
-        yield
+        with refusals:
+            yield
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise

@@ -13,7 +13,7 @@ from gpt2_ddp.system.errors import UserError
 
 
 def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
-    """The shards of one split, sorted by name: ours, llm.c's `*train*.bin`, build-nanogpt's `*train*.npy`.
+    """The shards of one split, sorted by name: ours, llm.c's and nanoGPT's `*train*.bin`, build-nanogpt's `.npy`.
 
     Raises:
         UserError: for a missing or empty directory, a shard that is not one, a split without shards, and a

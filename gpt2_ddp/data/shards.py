@@ -1,7 +1,8 @@
 """Token shards: the files that training reads. The only definition of their format.
 
 A shard is a header of 256 little-endian int32 (magic, version, token count, zeros) and then uint16 token ids: the
-format of llm.c and modded-nanogpt. build-nanogpt's `.npy` files are read too. Nothing that is read is trusted.
+format of llm.c and modded-nanogpt. build-nanogpt's `.npy` files and nanoGPT's `train.bin` and `val.bin` are read too.
+Nothing that is read is trusted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gpt2_ddp.data.headerless import headerless_tokens
 from gpt2_ddp.model.vocabulary import VOCAB_SIZE
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file
@@ -133,6 +135,8 @@ def regular_size(path: Path) -> int:
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[int, int]:
     found = file.read(HEADER_BYTES)
+    if (headerless := headerless_tokens(path, found)) is not None:
+        return headerless, 0
     if len(found) < HEADER_BYTES:
         raise UserError(f"{path}: shorter than a shard's header of {HEADER_BYTES} bytes; {anew(path)}")
     header = np.frombuffer(found, "<i4")

@@ -56,3 +56,12 @@ def lost_output() -> OSError | None:
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     lost = raw.refused if isinstance(raw, Console) else None
     return lost if lost is not None and lost.errno != errno.EPIPE else None
+
+
+def visible(text: str) -> str:
+    """`text` for a terminal: what moves a cursor, colours, turns the direction or hides comes as an escape.
+
+    Line ends stay; a tab is four blanks.
+    """
+    shown = text.expandtabs(4)
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)

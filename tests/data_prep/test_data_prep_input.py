@@ -119,25 +119,25 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     write_jsonl(folder / "a.jsonl", ["one", None, "two", ""])
-    for name in ("b.jsonl.gz", "deep/c.jsonl.gz", "d.TXT", "README.md", ".hidden", "Makefile"):
+    for name in ("b.jsonl.bz2", "deep/c.jsonl.bz2", "t.tar.gz", "d.TXT", "README.md", ".hidden", "Makefile"):
         (folder / name).write_bytes(b"x")
     (folder / "empty.txt").touch()
     (folder / "linked").symlink_to(folder / "deep")
     assert run(Text(paths=(str(folder),), out=tmp_path / "out", val_fraction=0)) == ["one", "two"]
     told = capsys.readouterr().out
-    listed = "2 .jsonl.gz, 1 .md, 1 .TXT, 1 empty, 1 hidden, 1 linked folder, 1 without a suffix"
+    listed = "2 .jsonl.bz2, 1 .tar.gz, 1 .md, 1 .TXT, 1 empty, 1 hidden, 1 linked folder, 1 without a suffix"
     assert sorted(listed.split(", ")) == sorted(told.split("left out: ")[1].split(" (unpack")[0].split(", "))
     assert "left out: 2 documents without text\n" in told
     run(Text(paths=(str(folder / "a.jsonl"),), out=tmp_path / "one", val_fraction=0))
-    assert "jsonl.gz" not in capsys.readouterr().out
+    assert "jsonl.bz2" not in capsys.readouterr().out
 
 
-def test_a_folder_with_packed_files_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.zst").touch()
-    with pytest.raises(ValueError, match=r"no \.txt, \.jsonl, \.parquet file in .*, which holds 1 \.jsonl\.zst"):
+def test_a_folder_with_files_alone_that_are_packed_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.xz").touch()
+    with pytest.raises(ValueError, match=r"no \.txt, \.jsonl, \.parquet file in .*, which holds 1 \.jsonl\.xz"):
         Files(paths=(str(tmp_path),), text_field="text")
-    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: not a file that ends in .*; unpack it first"):
-        Files(paths=(str(tmp_path / "a.jsonl.zst"),), text_field="text")
+    with pytest.raises(ValueError, match=r"a\.jsonl\.xz: not a file that ends in .*; unpack it first"):
+        Files(paths=(str(tmp_path / "a.jsonl.xz"),), text_field="text")
 
 
 @pytest.mark.parametrize("flags", [{}, {"val_tokens": 1000}, {"val_fraction": 0.5}])
