@@ -23,7 +23,8 @@ def start_line(settled: Settled, made: Made, context: DistContext) -> str:
     """Model, data, steps, ranks and devices, number format, micro-steps."""
     config, plan, hardware = settled.config, settled.plan, settled.hardware
     windows, first, last = len(settled.sources.train), made.state.step + 1, config.max_steps
-    epochs = f"{last * plan.sequences_per_step / windows:.3g} epochs"
+    passes = last * plan.sequences_per_step / windows
+    epochs = f"{passes:,.0f} epochs" if passes >= 100 else f"{passes:.3g} epochs"
     if first == 1:
         steps = f"{counted(last, 'step')} of {plan.total_batch_size:,} tokens, {epochs}"
     else:
@@ -59,6 +60,6 @@ def counted(number: int, thing: str) -> str:
 def short(number: int) -> str:
     """In three digits: 124M, 9.95B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
+        if number >= 0.9995 * size:  # else it would be 1e+03 of the smaller unit
             return f"{number / size:.3g}{unit}"
     return str(number)

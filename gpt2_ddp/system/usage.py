@@ -75,4 +75,4 @@ class Usage:
         if what not in self._told:
             self._told.add(what)
             said = " ".join(str(error).split()) or type(error).__name__
-            tell(f"warning: --system-every: {what}: {said}; the run goes on without this number")
+            tell(f"warning: --system-every: {what}: {said}; the run goes on without it")
