@@ -121,9 +121,9 @@ class TrainConfig:
     profile_steps: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
     """Record the steps from A to B: a trace for ui.perfetto.dev in the run directory, a table on the console."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, into the run directory."""
+    """Also show configuration, metrics, samples and state in TensorBoard: files in the run directory."""
     wandb: bool = False
-    """Also send the metrics to Weights & Biases."""
+    """Also send configuration, metrics, samples and state to Weights & Biases."""
 
     resume: str = "auto"
     """auto continues the run in --out-dir if there is one; never refuses to; or a checkpoint or run to go on from."""
