@@ -77,7 +77,7 @@ def _summary(split: Inspected, sequence_length: int) -> Iterator[str]:
     yield f"{split.split}: {count.tokens:,} tokens of {documents} in {shards}"
     yield f"  {split.windows:,} windows of {sequence_length:,} tokens; the longest document has {count.longest:,}"
     if split.text_bytes is not None:
-        yield f"  {split.text_bytes:,} bytes of text, {split.text_bytes / count.tokens:.2f} a token (English has 4 to 5)"
+        yield f"  {split.text_bytes:,} bytes of text, {split.text_bytes / count.tokens:.2f} a token (English: 4 to 5)"
 
 
 def histogram(count: SplitCount) -> list[str]:

@@ -102,6 +102,9 @@ class TrainConfig:
     noise_scale_every: int = 0
     """Steps between two measurements of the gradient noise scale, each of which takes the work of about 1.1 steps and
     the memory of one more set of gradients; 0 is never."""
+    system_every: int = 0
+    """Steps between two readings of how busy processor, memory, disk and, with the extra [gpu], GPUs are; 0 is never.
+    They are the event `system` of metrics.jsonl, on rank 0's node."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step always saves one."""
     keep_checkpoints: int = 2
@@ -121,9 +124,9 @@ class TrainConfig:
     profile_steps: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
     """Record the steps from A to B: a trace for ui.perfetto.dev in the run directory, a table on the console."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, into the run directory."""
+    """Also show configuration, metrics, samples and state in TensorBoard: files in the run directory."""
     wandb: bool = False
-    """Also send the metrics to Weights & Biases."""
+    """Also send configuration, metrics, samples and state to Weights & Biases."""
 
     resume: str = "auto"
     """auto continues the run in --out-dir if there is one; never refuses to; or a checkpoint or run to go on from."""
@@ -145,7 +148,7 @@ class TrainConfig:
             if getattr(self, name) not in ("auto", None) and getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
         for name in ("warmup_steps", "val_every", "hellaswag_every", "sample_every", "noise_scale_every",
-                     "checkpoint_every", "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit",
+                     "system_every", "checkpoint_every", "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit",
                      "check_ranks_every", "max_lr", "min_lr", "muon_lr", "muon_momentum_warmup", "muon_weight_decay",
                      "weight_decay", "grad_clip", "seed"):  # fmt: skip
             if not 0 <= (getattr(self, name) or 0) < math.inf:  # refuses nan too

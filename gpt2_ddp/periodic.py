@@ -107,12 +107,14 @@ def evaluations_due(run: Run) -> list[Evaluation]:
 
 
 def evaluate(run: Run, evaluations: Iterable[Evaluation]) -> None:
-    """Ask the raw model, one evaluation after the other, and log what they find; collective."""
+    """Ask the raw model, one evaluation after the other, and log what they find and how long it took; collective."""
     for evaluation in evaluations:
+        start = time.perf_counter()
         found = evaluation.run(run.model, run.context, run.precision.autocast(), step=run.state.step)
         if found is not None:
+            seconds = round(time.perf_counter() - start, 4)
             run.log.say(found.line)
-            run.log.event(evaluation.name, step=run.state.step, **found.values)
+            run.log.event(evaluation.name, step=run.state.step, **found.values, seconds=seconds)
 
 
 def save(run: Run, *, final: bool = False) -> None:

@@ -14,6 +14,7 @@ from gpt2_ddp.data.tokenizer import tokenizer_of_data
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
 from gpt2_ddp.evaluation.interface import Evaluation
+from gpt2_ddp.evaluation.machine import MachineUse
 from gpt2_ddp.evaluation.noise_scale import NoiseScale
 from gpt2_ddp.evaluation.reference import OnTrack, Reference, fitting
 from gpt2_ddp.evaluation.sampling import Sample
@@ -55,6 +56,8 @@ def make_evaluations(
         UserError: for what is missing, broken or too little.
     """
     length = config.sequence_length
+    if config.system_every:
+        yield MachineUse(config.system_every, config.out_dir)  # the first, so that it is asked of the steps
     if config.val_every:
         data = open_validation(config, plan.micro_batch_size)
         track = OnTrack(yardsticks.references, config.to_json())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from gpt2_ddp.build.making import Made
 from gpt2_ddp.build.rules import learning_rates
 from gpt2_ddp.build.settling import Settled
+from gpt2_ddp.build.telling import start_lines
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
@@ -14,9 +13,9 @@ from gpt2_ddp.data.tokenizer import tokenizer_of_data
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
-from gpt2_ddp.metrics.boards import Aside
-from gpt2_ddp.metrics.log import FileLog, NullLog, RunLog
+from gpt2_ddp.metrics.log import NullLog, RunLog
 from gpt2_ddp.metrics.profiling import StepProfiler
+from gpt2_ddp.metrics.progress import ProgressLog, RemainingTime
 from gpt2_ddp.run import Run
 
 
@@ -27,7 +26,7 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         OSError: where the disk refuses the log, on every rank.
     """
     config, state = settled.config, made.state
-    log = context.run_on_all(lambda: open_log(config, context, state.step, settled.boards, settled.said))
+    log = context.run_on_all(lambda: open_log(settled, made, context))
     return Run(
         config=config,
         context=context,
@@ -78,13 +77,13 @@ def open_writer(config: TrainConfig, context: DistContext) -> CheckpointWriter:
     )
 
 
-def open_log(
-    config: TrainConfig, context: DistContext, step: int, boards: Sequence[Aside], said: Sequence[str]
-) -> RunLog:
-    """The run's log on rank 0, which begins with the lines `said`; a silent one elsewhere."""
+def open_log(settled: Settled, made: Made, context: DistContext) -> RunLog:
+    """The run's log on rank 0, which begins with what was said so far and what runs where; a silent one elsewhere."""
     if not context.is_main:
         return NullLog()
-    log = FileLog(config.out_dir, resumed_step=step, boards=boards)
-    for line in said:
+    config, every = settled.config, {evaluation.name: evaluation.every for evaluation in settled.sources.evaluations}
+    remaining = RemainingTime(config.max_steps, every | {"checkpoint": config.checkpoint_every})
+    log = ProgressLog(config.out_dir, resumed_step=made.state.step, boards=settled.boards, remaining=remaining)
+    for line in start_lines(settled, made, context):
         log.say(line)
     return log

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2_ddp.build.boards import open_boards
 from gpt2_ddp.build.by_manifest import settle_validation, settle_vocabulary
 from gpt2_ddp.build.compiling import compiles
 from gpt2_ddp.build.evaluations import Yardsticks, find_yardsticks, make_evaluations
@@ -26,7 +27,7 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, use_deterministic_kernels
 from gpt2_ddp.evaluation.interface import Evaluation
-from gpt2_ddp.metrics.boards import Aside, TensorBoard, WeightsAndBiases
+from gpt2_ddp.metrics.boards import Aside
 from gpt2_ddp.model.huggingface import find_model, loadable_config
 from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.system.errors import UserError
@@ -51,7 +52,7 @@ class Sources:
 @dataclass(frozen=True, kw_only=True)
 class Settled:
     """What a run will be. `config` has no `auto` left but `--compile`, which `compiled` answers; `said` are lines for
-    the person who watches."""
+    the person who watches, see `telling`."""
 
     config: TrainConfig
     hardware: Hardware
@@ -214,22 +215,6 @@ def require_room(config: TrainConfig) -> None:
             f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB; "
             f"{disk.free >> 20} MiB are free: make room, or choose another --out-dir"
         )
-
-
-def open_boards(config: TrainConfig, context: DistContext, step: int) -> list[Aside]:
-    """The boards that rank 0 was asked to show the run on.
-
-    Raises:
-        UserError: where one cannot be opened.
-    """
-    boards: list[Aside] = []
-    if config.tensorboard and context.is_main:
-        mend = "its folder in --out-dir must be one that can be written"
-        boards.append(Aside("--tensorboard", lambda: TensorBoard(config.out_dir, resumed_step=step), mend))
-    if config.wandb and context.is_main:
-        mend = "set WANDB_API_KEY, or log in by `wandb login`, or set WANDB_MODE=offline"
-        boards.append(Aside("--wandb", lambda: WeightsAndBiases(config.out_dir), mend))
-    return boards
 
 
 def bits_depend_on(

@@ -13,7 +13,10 @@ from gpt2_ddp.model.gpt import GPT
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What an evaluation found: what the console says of it, and the values of its event in metrics.jsonl."""
+    """What an evaluation found: what the console says of it, and the values of its event in metrics.jsonl.
+
+    That also tells the `seconds` that the evaluation took.
+    """
 
     line: str
     values: Mapping[str, object]

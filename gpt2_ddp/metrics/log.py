@@ -83,9 +83,11 @@ class NullLog:
 
 
 class Board(Protocol):
-    """Another place that shows a run's numbers, and does not raise."""
+    """Another place that shows a run, and does not raise."""
 
-    def add(self, name: str, step: int, values: Mapping[str, float]) -> None: ...
+    def add(self, name: str, step: int, values: Mapping[str, Any]) -> None: ...
+    def stand(self, state: str, step: int, values: Mapping[str, Any]) -> None: ...
+    def cut(self, last_step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -108,9 +110,8 @@ class FileLog:
         line = {"event": name, "step": step} | {key: _finite(value) for key, value in values.items()}
         self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
         self._write()
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
         for board in self._boards:
-            board.add(name, step, numbers)
+            board.add(name, step, values)
 
     def _write(self) -> None:
         try:
@@ -128,6 +129,8 @@ class FileLog:
         file = self.out_dir / "status.json"
         if state == "finished" and _tells(file, state, step):
             return
+        for board in self._boards:
+            board.stand(state, step, values)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
         try:
@@ -140,6 +143,8 @@ class FileLog:
         self._file.close()
         cut_metrics(self._path, last_step)
         self._file = self._path.open("ab", buffering=0)
+        for board in self._boards:
+            board.cut(last_step)
 
     def close(self) -> None:
         self._file.close()

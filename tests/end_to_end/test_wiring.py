@@ -87,6 +87,7 @@ SEEN_BY = {
     "hellaswag_protocol": "test_watching.py::test_two_ranks_watch_together",
     "sample_every": "test_watching.py::test_any_cadence_gives_the_same_weights",
     "noise_scale_every": "test_noise_scale.py::test_it_is_that_of_all_single_gradients_and_changes_no_bit",
+    "system_every": "test_progress.py::test_a_run_says_what_runs_where_and_how_long_it_takes",
     "checkpoint_every": "test_watching.py::test_two_ranks_watch_together",
     "keep_checkpoints": "test_watching.py::test_two_ranks_watch_together",
     "skip_limit": "test_bad_steps.py::test_too_many_in_a_row_end_the_run_and_leave_the_last_checkpoint",
