@@ -35,5 +35,8 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; the
   echo "setup: the tested versions need Python 3.11 or later; on this one the newest that fit are taken"
   constraints=()
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check ${constraints[@]+"${constraints[@]}"} -e ".[$extras]"
+.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check \
+  ${constraints[@]+"${constraints[@]}"} -e ".[$extras]"
+# What pip would do on one core; a package's own tests may hold files that do not compile.
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 echo "$wanted" >".venv/installed-$extras"

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from drivers import warm
 from filelock import FileLock
-from running import train, train_command, write_shards
+from running import train, write_shards
+
+LONG = (
+    "test_slurm.py", "test_train.py", "test_killed.py", "test_hang_and_drift.py", "test_launch_local.py",
+    "test_stopping.py", "test_soak.py", "test_memory.py", "test_bench.py", "test_gpu_kit.py",
+    "test_hellaswag_harness.py", "test_saving.py", "test_files.py", "test_console.py", "test_kernels.py",
+)  # fmt: skip
+"""The files with tests of half a minute, the longest first."""
 
 
 def pytest_configure() -> None:
     """The tests' processes hear what they are sent, also where the suite itself was started under `nohup`."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each process of pytest-xdist begins with some of the long files, so that at the end none works on alone.
+
+    A process is given as many tests as the others, in a row, and one that is done takes the last of another's.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    workers = config.workerinput["workercount"]
+    long = [[item for item in items if item.path.name == name] for name in LONG]
+    rest = iter([item for item in items if item.path.name not in LONG])
+    dealt = list[pytest.Item]()
+    for worker in range(workers):
+        first = list(itertools.chain(*long[worker::workers]))
+        dealt += [*first, *itertools.islice(rest, max(0, len(items) // workers - len(first)))]
+    items[:] = [*dealt, *rest]
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +75,9 @@ def clean_run(shared_folder: Path, data_dir: Path) -> Callable[..., Path]:
         folder = shared_folder / key
         with FileLock(shared_folder / f"{key}.lock"):
             if not (folder / "stderr").exists():
-                if nproc > 1 and "--device=cuda" not in flags:
-                    command = train_command(folder, data_dir, *flags)
-                    done: warm.Ended | CompletedProcess[str] = warm.fork_trainers(nproc, command[3:])
-                else:
-                    done = train(folder, data_dir, *flags, nproc=nproc)
+                as_a_user = nproc == 1 or any(flag.startswith("--device=") for flag in flags)
+                run = train if as_a_user else warm.fork_small
+                done = run(folder, data_dir, *flags, nproc=nproc)
                 (folder / "stdout").write_text(done.stdout)
                 (folder / "stderr").write_text(done.stderr)
         return folder

@@ -62,6 +62,11 @@ def flags(**changed: str) -> list[str]:
     return [f"--{name}={value}" for name, value in (COMMON | changed).items()]
 
 
+def argv(out_dir: Path, *more: str) -> list[str]:
+    """All the trainer's flags."""
+    return [*flags(), f"--data-dir={DATA}", f"--out-dir={out_dir}", *more]
+
+
 def train(out_dir: Path, *more: str, root: Path = ROOT) -> None:
     """Train with the code at `root` to the end.
 
@@ -69,7 +74,7 @@ def train(out_dir: Path, *more: str, root: Path = ROOT) -> None:
         RuntimeError: with what the trainer said, where it failed.
     """
     driver = root / "tests" / "drivers" / "trainer.py"
-    command = [sys.executable, str(driver), *flags(), f"--data-dir={DATA}", f"--out-dir={out_dir}", *more]
+    command = [sys.executable, str(driver), *argv(out_dir, *more)]
     done = subprocess.run(
         command, env=environment({"PYTHONPATH": str(root)}), cwd=root, capture_output=True, text=True, check=False
     )

@@ -29,9 +29,9 @@ def test_training_goes_on_without_it(data_dir: Path, tmp_path: Path, backward: b
 def test_on_one_rank_alone_all_go_on_without_it(data_dir: Path, tmp_path: Path) -> None:
     """Were the others compiled, their buckets would not be those of the first, and the run would hang or diverge."""
     flags = ("--max-steps=3", "--checkpoint-every=0", "--check-ranks-every=1")
-    warm.train_ranks(2, tmp_path / "plain", data_dir, *flags)
+    warm.fork_ranks(2, tmp_path / "plain", data_dir, *flags)
     fault = {"broken_compiler": {"backward": True, "rank": 1}}
-    done = warm.train_ranks(2, tmp_path / "run", data_dir, *flags, "--compile=on", faults=fault)
+    done = warm.fork_ranks(2, tmp_path / "run", data_dir, *flags, "--compile=on", faults=fault)
     assert done.stderr.count(WARNING) == 1, done.stderr
     assert len(metrics(tmp_path / "run")) == 3
     assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "plain")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 import pytest
-import running
 import torch
+from drivers import warm
 from running import environment, final_hashes, python
 from torch import nn
 
@@ -84,11 +84,11 @@ def test_a_shortage_on_one_rank_counts_for_all(tmp_path: Path) -> None:
 
 def test_auto_is_the_same_run_as_its_number(tmp_path: Path, data_dir: Path, clean_run: Callable[..., Path]) -> None:
     found = tmp_path / "auto"
-    running.train(found, data_dir, "--micro-batch-size=auto")
+    warm.fork_small(found, data_dir, "--micro-batch-size=auto")
     number = json.loads((found / "config.json").read_text())["config"]["micro_batch_size"]
     assert number == 8  # all sequences of a step
     assert final_hashes(found) == final_hashes(clean_run(f"--micro-batch-size={number}"))
-    running.train(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
+    warm.fork_small(found, data_dir, "--micro-batch-size=auto", "--max-steps=21", nproc=2)
     assert json.loads((found / "config.json").read_text())["config"]["micro_batch_size"] == 4
 
 

@@ -1,4 +1,4 @@
-"""Ranks together, on real torchrun and gloo: gradients, reductions, and errors that one of them has."""
+"""Ranks together, on real processes and gloo: gradients, reductions, and errors that one of them has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drivers import warm
 from running import ROOT, SMALL, python, run, train_command
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,34 +19,6 @@ from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.system.hardware import choose_device
 
-SPY = """
-import json, sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from gpt2_ddp import train
-
-place = Path(sys.argv[1])
-train_step = train.train_step
-
-def watched(run, batch):
-    gradients = {}
-    def keep(*_):
-        gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
-    run.optimizer.register_step_pre_hook(keep)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        result = train_step(run, batch)
-    reduced = [event.name for event in profile.events() if event.name == "c10d::allreduce_"]
-    save_file(gradients, place / f"rank{run.context.rank}.safetensors")
-    found = {"all_reduces": len(reduced), "micro_steps": run.plan.grad_accum_steps, "loss": float(result.loss)}
-    (place / f"rank{run.context.rank}.json").write_text(json.dumps(found))
-    return result
-
-train.train_step = watched
-sys.exit(train.main(sys.argv[2:]))
-"""
-"""The trainer itself, with a look at the gradients that its first update gets and at what it sent for them."""
-
 
 @pytest.fixture(scope="module")
 def first_update(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Callable[[int, int], Path]:
@@ -55,17 +28,14 @@ def first_update(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Ca
     def trained(ranks: int, micro_batch_size: int) -> Path:
         if (ranks, micro_batch_size) not in done:
             folder = tmp_path_factory.mktemp("spy")
-            (folder / "spy.py").write_text(SPY)
             flags = [
                 f"--micro-batch-size={micro_batch_size}",
                 "--total-batch-size=256",
                 "--max-steps=1",
                 "--grad-clip=0",
             ]
-            command = train_command(folder / "run", data_dir, *flags)
-            own = [*python(ranks), str(folder / "spy.py"), str(folder)]
-            ended = run([*own, *command[command.index("gpt2_ddp.train") + 1 :]])
-            assert ended.returncode == 0, ended.stderr
+            argv = train_command(folder / "run", data_dir, *flags)[3:]
+            warm.fork_trainers(ranks, argv, faults={"watch_update": {"folder": str(folder)}})
             done[ranks, micro_batch_size] = folder
         return done[ranks, micro_batch_size]
 

@@ -54,7 +54,7 @@ def test_one_flipped_bit_is_found_before_the_next_save(data_dir: Path, tmp_path:
     """Of a moment, while the weights stand still."""
     name = "h.1.mlp.c_fc.weight.exp_avg_sq"
     flipped = {"flip_bit": {"step": 6, "rank": 2, "tensor": name}}
-    done = warm.train_ranks(4, tmp_path / "run", data_dir, "--max-lr", "0", faults=flipped, status=1)
+    done = warm.fork_ranks(4, tmp_path / "run", data_dir, "--max-lr", "0", faults=flipped, status=1)
     assert f"the ranks no longer hold the same weights; out of line: rank 2 in {name}" in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
     assert status(tmp_path / "run")["state"] == "failed"

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 from filelock import FileLock
-from running import ROOT, environment, python
+from running import ROOT, environment, python, train_command
 from torch.distributed import TCPStore
 
 DRIVER = Path(__file__).parent / "trainer.py"
@@ -179,15 +179,27 @@ def train_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, status: i
     return done
 
 
-def fork_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None) -> Ended:
-    """Train on forked ranks, which find torchrun's variables and store, until each has ended with 0; rank 0's end.
+def fork_ranks(
+    nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, status: int = 0
+) -> Ended:
+    """Train on forked ranks, which find torchrun's variables and store, until each has ended with `status`.
 
     For what ranks compute together. What torchrun does, to start, restart and end them, takes torchrun: `train_ranks`.
     """
-    return fork_trainers(nproc, flags(out_dir, data_dir, *more), faults=faults)
+    return fork_trainers(nproc, flags(out_dir, data_dir, *more), faults=faults, status=status)
 
 
-def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = None) -> Ended:
+def fork_small(out_dir: Path, data_dir: Path, *more: str, nproc: int = 0) -> Ended:
+    """The run of `running.train`, in one forked process or in forked ranks; each must end with 0."""
+    argv = train_command(out_dir, data_dir, *more)[3:]
+    if nproc:
+        return fork_trainers(nproc, argv)
+    done = start_forked(argv).wait()
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = None, status: int = 0) -> Ended:
     """As `fork_ranks`, by a trainer's own flags; what all ranks said, one rank after the other."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {
@@ -202,9 +214,9 @@ def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = No
     trainers = [start_forked(argv, faults=faults, env=place) for place in places]
     ended = [trainer.wait() for trainer in trainers]
     for rank, done in enumerate(ended):
-        assert done.returncode == 0, f"rank {rank}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == status, f"rank {rank}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     said, told = ("".join(getattr(done, name) for done in ended) for name in ("stdout", "stderr"))
-    return Ended(returncode=0, stdout=said, stderr=told)
+    return Ended(returncode=status, stdout=said, stderr=told)
 
 
 def clean_run(shared_folder: Path, data_dir: Path, *more: str, nproc: int = 0, faults: Faults | None = None) -> Path:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from drivers.faults import before_step, this_rank
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2_ddp import periodic, train
+from gpt2_ddp.data.loader import StepBatch
 from gpt2_ddp.evaluation.hellaswag import HellaSwag
 from gpt2_ddp.evaluation.sampling import Sample
 from gpt2_ddp.evaluation.validation import Validation
@@ -154,7 +156,32 @@ def watch_comparisons(*, listing: str) -> None:
     around("require_equal_ranks", watched)
 
 
+def watch_update(*, folder: str) -> None:
+    """Keep in `folder` the gradients that this rank's update gets, and what was sent for them."""
+    original = train.train_step
+
+    def watched(run: Run, batch: StepBatch) -> periodic.StepResult:
+        gradients = dict[str, torch.Tensor]()
+
+        def keep(*_: Any) -> None:
+            gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+
+        run.optimizer.register_step_pre_hook(keep)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = original(run, batch)
+        reduced = [event.name for event in profile.events() if event.name == "c10d::allreduce_"]
+        found = {"all_reduces": len(reduced), "micro_steps": run.plan.grad_accum_steps, "loss": float(result.loss)}
+        file = Path(folder) / f"rank{this_rank()}"
+        save_file(gradients, file.with_suffix(".safetensors"))
+        file.with_suffix(".json").write_text(json.dumps(found))
+        return result
+
+    train.train_step = watched
+
+
 WATCHERS = {
     watcher.__name__: watcher
-    for watcher in (watch_reads, watch_compiled, watch_clock, work_clock, known_peak, watch_shares, watch_comparisons)
-}
+    for watcher in (
+        watch_reads, watch_compiled, watch_clock, work_clock, known_peak, watch_shares, watch_comparisons, watch_update
+    )
+}  # fmt: skip

@@ -141,7 +141,7 @@ def test_a_stop_file_stops_all_ranks_at_one_step(clean_run: CleanRun, data_dir: 
     assert 2 <= status(out_dir)["step"] < 20
     assert not (out_dir / "stop").exists()
     assert faults(checkpoint(out_dir, status(out_dir)["step"])) == []
-    train(out_dir, data_dir, nproc=2)
+    warm.fork_small(out_dir, data_dir, nproc=2)
     assert_same_run(out_dir, clean_run(nproc=2))
 
 
@@ -149,14 +149,14 @@ def test_four_ranks_killed_at_step_10_end_at_the_same_weights(
     clean_run: CleanRun, data_dir: Path, tmp_path: Path
 ) -> None:
     out_dir = copy_until(clean_run(nproc=4), tmp_path / "run", 10)
-    train(out_dir, data_dir, nproc=4)
+    warm.fork_small(out_dir, data_dir, nproc=4)
     assert_same_run(out_dir, clean_run(nproc=4))
 
 
 def test_stopped_on_four_ranks_resumed_on_one(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
     clean = clean_run(nproc=4)
     out_dir = copy_until(clean, tmp_path / "run", 10)
-    train(out_dir, data_dir)
+    warm.fork_small(out_dir, data_dir)
     assert column(out_dir, "step") == list(range(1, 21))
     assert column(out_dir, "data_hash") == column(clean, "data_hash")
     assert column(out_dir, "loss") == pytest.approx(column(clean, "loss"), abs=1e-4)
@@ -219,9 +219,9 @@ def test_starting_from_another_runs_weights(tiny: Path, data_dir: Path, tmp_path
 def test_faster_ways_to_the_same_losses(
     clean_run: CleanRun, data_dir: Path, tmp_path: Path, nproc: int, faster: str, tolerance: float
 ) -> None:
-    flags = ["--max-steps=3", "--val-every=2", "--val-tokens=160", "--sample-every=3"]
+    flags = ["--max-steps=3", "--val-every=2", "--val-tokens=160", "--sample-every=3", "--total-batch-size=64"]
     plain, fast = clean_run(*flags), tmp_path / "run"
-    done = train(fast, data_dir, *flags, faster, nproc=nproc)
+    done = (train if nproc else warm.fork_small)(fast, data_dir, *flags, faster, nproc=nproc)
     assert "torch.compile failed" not in done.stderr
     for event, name in (("train", "loss"), ("val", "val_loss")):
         expected, found = ([entry[name] for entry in metrics(path, event)] for path in (plain, fast))

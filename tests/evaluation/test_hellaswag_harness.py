@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hellaswag_examples import examples, opinionated_model, write_examples, write_model
@@ -40,31 +41,40 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-model, tasks, answer = sys.argv[1:]
-results = lm_eval.simple_evaluate(
-    HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=8),
-    tasks=["hellaswag_local"],
-    task_manager=TaskManager(include_path=tasks, include_defaults=False),
-    log_samples=True,
-    bootstrap_iters=1,
-)
-samples = sorted(results["samples"]["hellaswag_local"], key=lambda sample: sample["doc_id"])
-scores = [[response[0] for response in sample["filtered_resps"]] for sample in samples]
-hits = {key: [sample[key] for sample in samples] for key in ("acc", "acc_norm")}
-totals = {key: value for key, value in results["results"]["hellaswag_local"].items() if key.startswith("acc")}
-with open(answer, "w") as file:
-    json.dump({"scores": scores, "totals": totals, **hits}, file)
+tasks, *models = sys.argv[1:]
+for model in models:
+    results = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=8),
+        tasks=["hellaswag_local"],
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        log_samples=True,
+        bootstrap_iters=1,
+    )
+    samples = sorted(results["samples"]["hellaswag_local"], key=lambda sample: sample["doc_id"])
+    scores = [[response[0] for response in sample["filtered_resps"]] for sample in samples]
+    hits = {key: [sample[key] for sample in samples] for key in ("acc", "acc_norm")}
+    totals = {key: value for key, value in results["results"]["hellaswag_local"].items() if key.startswith("acc")}
+    with open(f"{model}/answer.json", "w") as file:
+        json.dump({"scores": scores, "totals": totals, **hits}, file)
 """
+BLOCK_SIZES = (160, 32)
 
 
-@pytest.mark.parametrize("block_size", [160, 32])
-def test_every_example_scores_as_in_the_harness(tmp_path: Path, block_size: int) -> None:
-    data = write_examples(tmp_path / "val.jsonl", examples(40))
-    folder = write_model(tmp_path / "model", opinionated_model(block_size))
-    theirs = ask_the_harness(tmp_path, folder, data)
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`val.jsonl`, and a model of each block size in a folder named for it, with what the harness found."""
+    folder = tmp_path_factory.mktemp("harness")
+    data = write_examples(folder / "val.jsonl", examples(40))
+    models = [write_model(folder / str(block_size), opinionated_model(block_size)) for block_size in BLOCK_SIZES]
+    ask_the_harness(folder, models, data)
+    return folder
 
-    model, context = load_model(folder), DistContext()
-    read = read_examples(data)
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_example_scores_as_in_the_harness(asked: Path, block_size: int) -> None:
+    theirs = json.loads((asked / str(block_size) / "answer.json").read_text())
+    model, context = load_model(asked / str(block_size)), DistContext()
+    read = read_examples(asked / "val.jsonl")
     encoding = load_tokenizer()
     questions = [render(example, "harness", encoding) for example in read]
     scores = score(model, questions, context)
@@ -82,20 +92,19 @@ def test_every_example_scores_as_in_the_harness(tmp_path: Path, block_size: int)
     assert (longest > block_size + 1) == (block_size == 32)  # what is too long is cut on the left
 
 
-def ask_the_harness(folder: Path, model: Path, data: Path) -> dict[str, Any]:
-    """What the harness finds, in a process of its own that may not use the network."""
-    for name, content in tokenizer_files().items():
-        (model / name).write_bytes(content)
+def ask_the_harness(folder: Path, models: Sequence[Path], data: Path) -> None:
+    """Have the harness score the models, in a process of its own that may not use the network."""
+    for model in models:
+        for name, content in tokenizer_files().items():
+            (model / name).write_bytes(content)
     tasks = folder / "tasks"
     tasks.mkdir()
-    import lm_eval.tasks.hellaswag.utils as preprocessing
-
-    (tasks / "local_hellaswag.py").write_text(inspect.getsource(preprocessing))
+    [place] = find_spec("lm_eval").submodule_search_locations
+    shutil.copy(Path(place, "tasks", "hellaswag", "utils.py"), tasks / "local_hellaswag.py")
     (tasks / "hellaswag_local.yaml").write_text(TASK.format(data=json.dumps(str(data)), utils="local_hellaswag"))
     (folder / "script.py").write_text(SCRIPT)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     offline |= {"HF_HOME": str(folder / "hub"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-    command = [*python(), str(folder / "script.py"), str(model), str(tasks), str(folder / "answer.json")]
+    command = [*python(), str(folder / "script.py"), str(tasks), *map(str, models)]
     done = run(command, env=os.environ | offline)
     assert done.returncode == 0, done.stderr
-    return dict(json.loads((folder / "answer.json").read_text()))

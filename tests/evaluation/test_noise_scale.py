@@ -54,7 +54,7 @@ def test_it_is_that_of_all_single_gradients_and_changes_no_bit(
     """Also where the run is stopped on the way, and its averages go on from what is there."""
     run = tmp_path / "run"
     if nproc:
-        done = warm.train_ranks(nproc, run, data_dir, *flags, *EVERY)
+        done = warm.fork_ranks(nproc, run, data_dir, *flags, *EVERY)
     else:
         warm.train(run, data_dir, *flags, *EVERY, faults={"stop_after": {"step": 6}}, status=75)
         done = warm.train(run, data_dir, *flags, *EVERY)
