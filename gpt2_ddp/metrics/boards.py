@@ -6,6 +6,7 @@ import json
 import queue
 import re
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ class WeightsAndBiases:
     """Sends to Weights & Biases, project gpt2_ddp, under the name of the run directory.
 
     That keeps the identity of the run, so that a later start goes on in the same one, also from where the directory was
-    moved to. Offline each start writes a folder of its own, which `wandb sync` makes one run of. What W&B was told of
+    moved to. Offline each start writes a folder of its own, which `wandb sync` uploads to one run. What W&B was told of
     steps that are made again stays there, beside what they are now.
     """
 
@@ -185,7 +186,9 @@ class Aside:
         """Wait until everything is shown, not for long; the board's own exit handlers are not waited for either."""
         if not self._failed.is_set():
             self._events.put(None)
-            self._thread.join(CLOSING_SECONDS)
+            deadline = time.monotonic() + CLOSING_SECONDS
+            while self._thread.is_alive() and not self._failed.is_set() and time.monotonic() < deadline:
+                self._thread.join(0.05)  # one that fails now is not waited for either
         if self._thread.is_alive():
             self._give_up("does not answer")
             self._thread.name = GIVEN_UP
