@@ -99,8 +99,8 @@ def _curves(records: Sequence[Record], drawn: Drawn) -> str:
     histories = [record.history for record in records]
     for panel in ALL_PANELS:
         for name in published_curves(panel, histories, 1.02 * last_step(histories)):
-            if (name, escape(name)) not in buttons:
-                buttons.append((name, escape(name)))
+            if name not in dict(buttons):
+                buttons.append((name, f'<span class=swatch style="background:#a6a6a6"></span>{escape(name)}'))
     if any(history.curves[HELLASWAG].steps for history in histories):
         buttons.append(("published models", "published models"))
     buttons.append(("single steps", "single steps"))

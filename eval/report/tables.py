@@ -14,7 +14,7 @@ from gpt2_ddp.config import TrainConfig
 
 LONGEST = 4000
 """Characters of one text from a run."""
-MOST_SAMPLES, MOST_CHECKPOINTS = 24, 200
+MOST_SAMPLES, MOST_CHECKPOINTS = 6, 200
 OF_A_START = ("world_size", "device", "device_name", "dtype", "python", "torch", "commit")
 """Of the last one, what runs are compared by beside their flags."""
 
@@ -25,14 +25,14 @@ def cell(value: object) -> str:
     return escape(text if len(text) <= LONGEST else f"{text[:LONGEST]} [and more]")
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Of cells that are HTML already; the first of each row is its head."""
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "wide") -> str:
+    """Of cells that are HTML already; the first of each row is its head. A `long` one is scrolled in its place."""
     if not rows:
         return ""
     top = "".join(f"<th scope=col>{head}</th>" for head in heads)
     lines = (f"<tr><th scope=row>{row[0]}</th>{''.join(f'<td>{each}</td>' for each in row[1:])}</tr>" for row in rows)
     body = "".join(lines)
-    return f"<div class=wide><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class={kind}><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def section(title: str, body: str, *, folded: bool = False) -> str:
@@ -148,7 +148,7 @@ def configuration(records: Sequence[Record]) -> str:
         changed = name in defaults and value != defaults[name]
         return f"<b>{cell(value)}</b>" if changed else cell(value)
 
-    body = table(["", *map(named, records)], _settings(records, shown))
+    body = table(["", *map(named, records)], _settings(records, shown), kind="long")
     return body and f"<p>Bold is what differs from the trainer's defaults.</p>{body}"
 
 
@@ -178,7 +178,7 @@ def samples(record: Record) -> str:
     told = [(event["step"], event["text"]) for event in record.history.events.get("sample", ()) if event.get("text")]
     count = min(len(told), MOST_SAMPLES)
     chosen = [told[place * (len(told) - 1) // max(count - 1, 1)] for place in range(count)]
-    note = f"<p>{count} of {len(told)}, evenly spread.</p>" if count < len(told) else ""
+    note = f"<p class=note>{count} of {len(told)}, evenly spread over the run</p>" if count < len(told) else ""
     cards = "".join(
         f"<article><h3>step {step:,}{_loss_at(record, step)}</h3><p>{cell(text)}</p></article>" for step, text in chosen
     )
@@ -207,7 +207,7 @@ def checkpoints(record: Record) -> str:
         for each in reversed(record.checkpoints)
     ]
     more = f"<p>and {len(rows) - MOST_CHECKPOINTS:,} older ones</p>" if len(rows) > MOST_CHECKPOINTS else ""
-    return table(["", "size", "saved in", ""], rows[:MOST_CHECKPOINTS]) + more
+    return table(["", "size", "saved in", ""], rows[:MOST_CHECKPOINTS], kind="long") + more
 
 
 def by_run(records: Sequence[Record], body: Callable[[Record], str]) -> str:

@@ -54,9 +54,7 @@ def look(page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bo
             process.wait()
 
 
-async def _look(
-    profile: Path, page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bool
-) -> list[Seen]:
+async def _look(profile: Path, page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bool) -> list[Seen]:
     async with asyncio.timeout(TIMEOUT), aiohttp.ClientSession() as session:
         port_file = profile / "DevToolsActivePort"
         while not port_file.exists() or "\n" not in port_file.read_text():
@@ -90,10 +88,14 @@ class _Tab:
             self._note(await self._socket.receive_json())
         for script in scripts:
             told = await self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-            self._seen.answers.append(told["exceptionDetails"] if "exceptionDetails" in told else told["result"].get("value"))
+            self._seen.answers.append(
+                told["exceptionDetails"] if "exceptionDetails" in told else told["result"].get("value")
+            )
         shot = await self._call("Page.captureScreenshot", captureBeyondViewport=True)
         self._seen.picture = base64.b64decode(shot["data"])
-        self._seen.requests = [url for url in self._seen.requests if url != page.as_uri() and not url.startswith("data:")]
+        self._seen.requests = [
+            url for url in self._seen.requests if url != page.as_uri() and not url.startswith("data:")
+        ]
         return self._seen
 
     async def _call(self, method: str, **values: Any) -> dict[str, Any]:
@@ -122,6 +124,8 @@ class _Tab:
 
 if __name__ == "__main__":  # python tests/drivers/browser.py PAGE WIDTH PICTURE: to look at it
     DRAWN = "new Promise((done) => setTimeout(() => done(Bokeh.documents.length), 3000))"
-    [found] = look(Path(sys.argv[1]).resolve(), [int(sys.argv[2])], [DRAWN, *sys.argv[4:]], touch=int(sys.argv[2]) < 600)
+    [found] = look(
+        Path(sys.argv[1]).resolve(), [int(sys.argv[2])], [DRAWN, *sys.argv[4:]], touch=int(sys.argv[2]) < 600
+    )
     Path(sys.argv[3]).write_bytes(found.picture)
     print(found.answers, found.errors, found.requests)
