@@ -111,7 +111,7 @@ def _curves(records: Sequence[Record], drawn: Drawn) -> str:
     )
     return (
         f"<div class=legend>{legend}</div><p class=note>A click on a name hides it. In a figure: the mouse tells the "
-        "values, dragging zooms into steps, in all figures together, and the arrows bring all back. A pale line is "
-        "each step, or of many the least and the greatest of a few; the line over it is their running median.</p>"
+        "values, dragging zooms into steps, in all figures together, and the round arrow brings all back. A pale line "
+        "is each step, or of many the least and the greatest of a few; the line over it is their running median.</p>"
         f"<div class=figures>{''.join(drawn.figures)}</div>"
     )

@@ -107,13 +107,14 @@ def _figure(panel: Panel, records: Sequence[Record], scene: Scene, last: float) 
     values = [value for history in histories for value in history.curves[panel].values]
     logarithmic = panel == NORM and min(values) > 0 and max(values) > WIDE * float(np.median(values))
     protocols = protocols_of(histories) if panel == HELLASWAG else []
+    floor = {"start": 0} if panel in FROM_ZERO else {}
     plot = figure(
         title=f"{panel.title} by {' and '.join(protocols)}" if protocols else panel.title,
         x_axis_label="step",
         y_axis_label=panel.unit,
         y_axis_type="log" if logarithmic else "linear",
         x_range=scene.x_range,
-        y_range=DataRange1d(only_visible=True, range_padding=0.15, **{"start": 0} if panel in FROM_ZERO else {}),
+        y_range=DataRange1d(only_visible=True, range_padding=0.4 if panel == HELLASWAG else 0.15, **floor),
         tools="xpan,xwheel_zoom,reset",
         toolbar_location="above",
         height=280,

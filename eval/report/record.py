@@ -152,7 +152,7 @@ def merged(marks: Sequence[Mark]) -> list[Mark]:
         groups.setdefault(min(place, MOST_MARKS - 1), []).append(mark)
     found = []
     for group in groups.values():
-        more = f", and {len(group) - 1} more until step {group[-1].step:,}" if len(group) > 1 else ""
+        more = f", and {len(group) - 1} more until step {group[-1].step:,.0f}" if len(group) > 1 else ""
         found.append(group[0]._replace(text=group[0].text + more))
     return found
 
