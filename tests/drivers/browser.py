@@ -18,8 +18,7 @@ import aiohttp
 
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0")
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND"
-TIMEOUT = 120
-ASLEEP = 0.1
+TIMEOUT = 300
 
 
 def chromium() -> str | None:
@@ -32,13 +31,13 @@ class Seen:
     """What became of a page at one width."""
 
     answers: list[Any] = field(default_factory=list)
-    """What each script gave, the first before anything was clicked."""
+    """What each script gave."""
+    pictures: list[bytes] = field(default_factory=list)
+    """All of the page after each script, as a PNG."""
     errors: list[str] = field(default_factory=list)
     """Of the console, and what was thrown."""
     requests: list[str] = field(default_factory=list)
     """Addresses that the page asked for, itself left out."""
-    picture: bytes = b""
-    """All of the page as a PNG."""
 
 
 def look(page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bool = False) -> list[Seen]:
@@ -48,17 +47,17 @@ def look(page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bo
         with open(Path(profile) / "stderr", "wb") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
-            return asyncio.run(_look(Path(profile), page, widths, scripts, touch=touch))
+            return asyncio.run(asyncio.wait_for(_look(Path(profile), page, widths, scripts, touch=touch), TIMEOUT))
         finally:
             process.terminate()
             process.wait()
 
 
 async def _look(profile: Path, page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bool) -> list[Seen]:
-    async with asyncio.timeout(TIMEOUT), aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession() as session:
         port_file = profile / "DevToolsActivePort"
         while not port_file.exists() or "\n" not in port_file.read_text():
-            await asyncio.sleep(ASLEEP)
+            await asyncio.sleep(0.1)
         address = f"http://127.0.0.1:{port_file.read_text().split()[0]}"
         seen = []
         for width in widths:
@@ -66,6 +65,7 @@ async def _look(profile: Path, page: Path, widths: Sequence[int], scripts: Seque
                 tab = (await answer.json())["webSocketDebuggerUrl"]
             async with session.ws_connect(tab, max_msg_size=0) as socket:
                 seen.append(await _Tab(socket).show(page, width, scripts, touch=touch))
+                await socket.send_str('{"id": 0, "method": "Page.close"}')
         return seen
 
 
@@ -74,7 +74,6 @@ class _Tab:
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._number, self._seen = socket, 0, Seen()
-        self._loaded = False
 
     async def show(self, page: Path, width: int, scripts: Sequence[str], *, touch: bool) -> Seen:
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -83,9 +82,10 @@ class _Tab:
         await self._call("Emulation.setDeviceMetricsOverride", **size)
         if touch:
             await self._call("Emulation.setTouchEmulationEnabled", enabled=True)
-        await self._call("Page.navigate", url=page.as_uri())
-        while not self._loaded:
-            self._note(await self._socket.receive_json())
+        gone = await self._call("Page.navigate", url=page.as_uri())
+        assert "errorText" not in gone, gone
+        while await self._value("location.protocol + document.readyState") != "file:complete":
+            await asyncio.sleep(0.1)
         for script in scripts:
             told = await self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
             self._seen.answers.append(
@@ -97,6 +97,11 @@ class _Tab:
             url for url in self._seen.requests if url != page.as_uri() and not url.startswith("data:")
         ]
         return self._seen
+
+    async def _value(self, script: str) -> Any:
+        told = await self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in told, told
+        return told["result"].get("value")
 
     async def _call(self, method: str, **values: Any) -> dict[str, Any]:
         self._number += 1
@@ -110,9 +115,7 @@ class _Tab:
 
     def _note(self, message: dict[str, Any]) -> None:
         method, values = message.get("method"), message.get("params", {})
-        if method == "Page.loadEventFired":
-            self._loaded = True
-        elif method == "Runtime.exceptionThrown":
+        if method == "Runtime.exceptionThrown":
             self._seen.errors.append(json.dumps(values["exceptionDetails"]))
         elif method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert"):
             self._seen.errors.append(json.dumps(values["args"]))
@@ -127,5 +130,5 @@ if __name__ == "__main__":  # python tests/drivers/browser.py PAGE WIDTH PICTURE
     [found] = look(
         Path(sys.argv[1]).resolve(), [int(sys.argv[2])], [DRAWN, *sys.argv[4:]], touch=int(sys.argv[2]) < 600
     )
-    Path(sys.argv[3]).write_bytes(found.picture)
+    Path(sys.argv[3]).write_bytes(found.pictures[-1])
     print(found.answers, found.errors, found.requests)

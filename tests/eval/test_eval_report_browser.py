@@ -15,67 +15,70 @@ from test_eval_report import EVENTS, WILD, page, written
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no chromium: apt-get install chromium")
 
 READY = """new Promise((done) => {
-  const wait = () => {
-    const figures = Bokeh.documents.flatMap((document) => document.roots());
-    const drawn = figures.length && figures.every((figure) => Bokeh.index.get_one?.(figure)?.has_finished?.());
-    drawn ? setTimeout(() => done(figures.map((figure) => figure.title.text)), 200) : setTimeout(wait, 100);
-  };
+  const figures = () => Bokeh.documents.flatMap((document) => document.roots());
+  const box = ({x, y, width, height}) => [x + scrollX, y + scrollY, width, height];
+  const answer = () => done({
+    title: document.title,
+    width: document.documentElement.scrollWidth,
+    figures: figures().map((figure) => figure.title.text),
+    boxes: [...document.querySelectorAll(".figures > div")].map((each) => box(each.getBoundingClientRect())),
+  });
+  const finished = () => figures().length && figures().every((figure) => Bokeh.index.get_one(figure)?.has_finished());
+  const wait = () => finished() ? setTimeout(answer, 200) : setTimeout(wait, 100);
   wait();
 })"""
-"""The titles of the figures, when all of them are drawn."""
-ALONE = """({title: document.title, wide: document.documentElement.scrollWidth,
-  boxes: [...document.querySelectorAll(".figures > div")].map((box) => {
-    const {x, y, width, height} = box.getBoundingClientRect();
-    return [x + scrollX, y + scrollY, width, height];
-  })})"""
+"""What lies where, when all figures are drawn."""
 HIDE = """document.querySelector('.legend button[value="run 0"]').click();
 new Promise((done) => setTimeout(() => done(Bokeh.documents[0].roots().flatMap((figure) => figure.renderers)
   .map((part) => [part.tags, part.visible])), 300))"""
 
 
-def colors(seen: Seen, box: list[float]) -> set[tuple[int, ...]]:
-    """The colours in a part of the picture."""
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+def colors(picture: bytes, box: list[float]) -> set[tuple[int, ...]]:
+    """The colours in a part of a picture."""
     x, y, width, height = box
-    picture = Image.open(io.BytesIO(seen.picture)).convert("RGB").crop((x, y, x + width, y + height))
-    return {color for _, color in picture.getcolors(1 << 24)}  # type: ignore[union-attr, misc]
+    part = Image.open(io.BytesIO(picture)).convert("RGB").crop((x, y, x + width, y + height))
+    return {color for _, color in part.getcolors(1 << 24)}  # type: ignore[union-attr, misc]
 
 
 def test_the_page_is_drawn_at_both_widths_and_its_legend_hides(tmp_path: Path) -> None:
-    """No console error, no request, every figure with its curves in the colours of both runs, nothing wider than the
-    screen; and a run that was clicked is gone from all figures."""
+    """No console error, no request, every figure with its curves, nothing wider than the screen; and a run that was
+    clicked is gone from all figures, with its marks."""
     wild = [*EVENTS, {"event": "sample", "step": 20, "text": WILD}, {"event": "stop", "step": 10, "reason": WILD}]
-    one, two = written(tmp_path / "one", wild), written(tmp_path / f"$${WILD[9:17]}$$", max_lr=2e-3)
+    one, two = written(tmp_path / "$$one<i>$$", wild), written(tmp_path / "two", EVENTS[:-1], max_lr=2e-3)
     told = json.loads((two / "config.json").read_text())
     (two / "config.json").write_text(json.dumps(told | {"data_source": WILD}))
     page(tmp_path, one, two)
-    for seen in look(tmp_path / "page.html", (1280, 400), (READY, ALONE)):
-        assert (seen.errors, seen.requests) == ([], [])
-        titles, laid = seen.answers
-        assert (len(titles), titles[0]) == (9, "Training loss")
-        assert laid["title"].startswith("one, ")
-        assert laid["wide"] <= Image.open(io.BytesIO(seen.picture)).width
-        assert len(laid["boxes"]) == len(titles)
-        for box in laid["boxes"]:
-            assert box[2] > 300
-            assert {(31, 119, 180), (255, 127, 14)} & colors(seen, box)
-    assert laid["wide"] == 400
-    assert {box[0] for box in laid["boxes"]} == {10}  # one under the other
-    [seen] = look(tmp_path / "page.html", (1280,), (READY, ALONE, HIDE))
-    assert seen.errors == []
-    *_, parts = seen.answers
-    assert {visible for tags, visible in parts if "run 0" in tags} == {False}
-    assert {visible for tags, visible in parts if "run 0" not in tags} == {True}
-    for box in seen.answers[1]["boxes"]:
-        assert (31, 119, 180) not in colors(seen, box)
-        assert (255, 127, 14) in colors(seen, box)
+    seen: dict[int, Seen] = dict(
+        zip((1280, 400), look(tmp_path / "page.html", (1280, 400), (READY, HIDE)), strict=True)
+    )
+    for width, each in seen.items():
+        assert (each.errors, each.requests) == ([], [])
+        laid, parts = each.answers
+        assert (len(laid["figures"]), laid["figures"][0]) == (9, "Training loss")
+        assert laid["title"] == "$$one<i>$$, two"
+        assert laid["width"] <= width
+        assert len(laid["boxes"]) == 9
+        assert all(box[2] > 300 for box in laid["boxes"])
+        before, after = each.pictures
+        for box, title in zip(laid["boxes"], laid["figures"], strict=True):
+            assert {BLUE, ORANGE} & colors(before, box), title
+            assert BLUE not in colors(after, box), title
+            assert ORANGE in colors(after, box) or title.startswith("HellaSwag")
+        assert {visible for tags, visible in parts if "run 0" in tags} == {False}
+        assert {visible for tags, visible in parts if "run 0" not in tags} == {True}
+    assert len({box[0] for box in seen[1280].answers[0]["boxes"]}) == 3  # beside each other
+    assert {box[0] for box in seen[400].answers[0]["boxes"]} == {10}  # one under the other
 
 
 def test_a_page_without_a_step_and_one_of_one_step_are_no_error(tmp_path: Path) -> None:
     page(tmp_path, written(tmp_path / "none", EVENTS[:1]))
     [seen] = look(tmp_path / "page.html", (400,), ("document.querySelectorAll('h2').length",))
-    assert seen.errors == []
+    assert (seen.errors, seen.requests) == ([], [])
     assert seen.answers[0] >= 3
     page(tmp_path, written(tmp_path / "single", [train_event(1)]))
     [seen] = look(tmp_path / "page.html", (400,), (READY,), touch=True)
-    assert seen.errors == []
-    assert "Training loss" in seen.answers[0]
+    assert (seen.errors, seen.requests) == ([], [])
+    assert "Training loss" in seen.answers[0]["figures"]
