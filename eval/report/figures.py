@@ -114,7 +114,7 @@ def _figure(panel: Panel, records: Sequence[Record], scene: Scene, last: float) 
         y_axis_label=panel.unit,
         y_axis_type="log" if logarithmic else "linear",
         x_range=scene.x_range,
-        y_range=DataRange1d(only_visible=True, range_padding=0.4 if panel == HELLASWAG else 0.15, **floor),
+        y_range=DataRange1d(only_visible=True, range_padding=0.4 if floor or panel == HELLASWAG else 0.15, **floor),
         tools="xpan,xwheel_zoom,reset",
         toolbar_location="above",
         height=280,

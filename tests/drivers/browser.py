@@ -87,15 +87,11 @@ class _Tab:
         while await self._value("location.protocol + document.readyState") != "file:complete":
             await asyncio.sleep(0.1)
         for script in scripts:
-            told = await self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
-            self._seen.answers.append(
-                told["exceptionDetails"] if "exceptionDetails" in told else told["result"].get("value")
-            )
-        shot = await self._call("Page.captureScreenshot", captureBeyondViewport=True)
-        self._seen.picture = base64.b64decode(shot["data"])
-        self._seen.requests = [
-            url for url in self._seen.requests if url != page.as_uri() and not url.startswith("data:")
-        ]
+            self._seen.answers.append(await self._value(script))
+            shot = await self._call("Page.captureScreenshot", captureBeyondViewport=True)
+            self._seen.pictures.append(base64.b64decode(shot["data"]))
+        own = (page.as_uri(), "data:", "about:")
+        self._seen.requests = [url for url in self._seen.requests if not url.startswith(own)]
         return self._seen
 
     async def _value(self, script: str) -> Any:
