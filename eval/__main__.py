@@ -1,4 +1,4 @@
-"""`python -m eval {hellaswag,val-loss,sample,plot}`, under torchrun too."""
+"""`python -m eval {hellaswag,val-loss,sample,plot,report}`, under torchrun too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tyro
 
 from eval.hellaswag import HellaSwag
 from eval.plot import Plot
+from eval.report.command import Report
 from eval.sample import Sample
 from eval.val_loss import ValLoss
 from gpt2_ddp.system.cli import parse, run
@@ -17,11 +18,13 @@ Command = (
     | Annotated[ValLoss, tyro.conf.subcommand("val-loss")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
 )
 
 
 def main() -> None:
-    command: HellaSwag | ValLoss | Sample | Plot = parse(Command, "What a model is worth.")  # type: ignore[arg-type]
+    command: HellaSwag | ValLoss | Sample | Plot | Report
+    command = parse(Command, "What a model is worth.")  # type: ignore[arg-type]
     command.run()
 
 

@@ -10,7 +10,7 @@ data=${DATA_DIR:-data/demo}
 run=${RUN_DIR:-runs/local}
 hellaswag=data/hellaswag/hellaswag_val.jsonl
 
-bash launch/setup.sh offline,plot
+bash launch/setup.sh offline,plot,report
 python=.venv/bin/python
 
 say() { printf '\n== %s\n' "$*"; }
@@ -26,6 +26,10 @@ say "training, in $run"
 
 say "plot"
 "$python" -m eval plot "$run" --out "$run/plot.png"
+if "$python" -c 'import bokeh' 2>/dev/null; then
+  say "the page of the run"
+  "$python" -m eval report "$run" --out "$run/report.html"
+fi
 
 if [ -f "$hellaswag" ]; then
   say "HellaSwag, 200 examples"
@@ -46,7 +50,8 @@ losses = [event["loss"] for event in events if event["event"] == "train"]
 print(f"training loss {losses[0]:.2f} at step 1, {statistics.mean(losses[-10:]):.2f} over the last ten")
 PYTHON
 cat <<END
-the run       $run: checkpoints/ open in Hugging Face transformers as they are, metrics.jsonl, plot.png
+the run       $run: checkpoints/ open in Hugging Face transformers as they are, metrics.jsonl, plot.png,
+              and report.html where bokeh is installed: curves that answer to the mouse
 more text     $python -m eval sample --model $run --prompt "A class definition" --count 3
 train longer  bash launch/local.sh --max-steps 2000
 your own text $python -m data_prep text notes.txt --out data/mine

@@ -3,7 +3,7 @@
 # Does nothing where that was done with the same setup.cfg and constraints. $PYTHON chooses another python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=${1:-offline,plot}
+extras=${1:-offline,plot,report}
 python=${PYTHON:-python3}
 
 if ! command -v "$python" >/dev/null; then

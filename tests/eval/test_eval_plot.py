@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from running import metrics, python, run
 
-from eval.plot import Plot, draw, read_history, run_names
+from eval.history import LOSS, read_history, run_names
+from eval.plot import Plot, draw
 from eval.run_state import died
 from gpt2_ddp.evaluation import reference
 
@@ -165,7 +166,7 @@ def test_many_points_get_a_median_that_an_outlier_does_not_bend(tmp_path: Path) 
 def test_a_torn_last_line_is_forgiven_and_a_torn_middle_is_not(tmp_path: Path) -> None:
     whole = [train_event(1), train_event(2)]
     folder = write_run(tmp_path / "a", whole, torn='{"event": "train", "step": 3, "lo')
-    assert read_history(folder).curves[0].steps == [1, 2]
+    assert read_history(folder).curves[LOSS].steps == [1, 2]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("\n" + json.dumps(train_event(4)) + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: not JSON"):

@@ -44,6 +44,9 @@ def test_local_goes_from_text_to_a_sample_and_can_be_run_again(tmp_path: Path) -
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 3)
     assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    report = tmp_path / "run" / "report.html"
+    assert f"wrote {report}: open it in a browser" in first.stdout
+    assert "finished at step 3 of 3" in report.read_text()
     assert "The import statement" in first.stdout
     assert "at step 1, " in first.stdout
     weights = tmp_path / "run" / "checkpoints" / "step_00000003" / "model.safetensors"
