@@ -1,4 +1,4 @@
-"""`python -m eval {hellaswag,val-loss,sample,plot}`, under torchrun too."""
+"""`python -m eval {hellaswag,val-loss,sample,plot,convert}`, under torchrun too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.convert import Convert
 from eval.hellaswag import HellaSwag
 from eval.plot import Plot
 from eval.sample import Sample
@@ -17,11 +18,13 @@ Command = (
     | Annotated[ValLoss, tyro.conf.subcommand("val-loss")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
 
 def main() -> None:
-    command: HellaSwag | ValLoss | Sample | Plot = parse(Command, "What a model is worth.")  # type: ignore[arg-type]
+    described = "What a model is worth, and its weights for other programs."
+    command: HellaSwag | ValLoss | Sample | Plot | Convert = parse(Command, described)  # type: ignore[arg-type]
     command.run()
 
 
