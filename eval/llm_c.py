@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,13 +51,12 @@ def read_llm_c(path: Path) -> GPT:
                 "5 (bfloat16)"
             )
         config, padded, dtype = _config(path, sizes), sizes[len(SIZES)], DTYPES[version]
-        shapes = layout(config, padded)
-        wanted = HEADER.size + dtype.itemsize * sum(map(math.prod, shapes.values()))
+        wanted = HEADER.size + dtype.itemsize * numbers(config, padded)
         if (size := path.stat().st_size) != wanted:
             raise UserError(f"{path} has {size} bytes, and its header asks for {wanted}: it is cut off, or no GPT-2")
         model = GPT(config)
         parameters = dict(model.named_parameters())
-        for name, shape in shapes.items():
+        for name, shape in layout(config, padded).items():
             stored = bytearray(dtype.itemsize * math.prod(shape))
             if file.readinto(stored) != len(stored):
                 raise UserError(f"{path} ended while it was read")
@@ -86,6 +86,13 @@ def layout(config: GPTConfig, padded: int) -> dict[str, tuple[int, ...]]:
     shapes = parameter_shapes(config)
     ordered = {name: shapes[name] for name in ("wte.weight", "wpe.weight", *layers, "ln_f.weight", "ln_f.bias")}
     return ordered | {"wte.weight": (padded, config.n_embd)}
+
+
+def numbers(config: GPTConfig, padded: int) -> int:
+    """How many the file holds, by the shapes of one layer: a header may lie about a thousand."""
+    shapes = layout(replace(config, n_layer=1), padded).items()
+    layer = sum(math.prod(shape) for name, shape in shapes if name.startswith("h."))
+    return sum(math.prod(shape) for _, shape in shapes) + (config.n_layer - 1) * layer
 
 
 def write_llm_c(path: Path, model: GPT, vocab_size: int, dtype: torch.dtype) -> None:

@@ -27,7 +27,7 @@ HARMLESS = re.compile(
 )
 CONFIG_CLASS = re.compile(r"[\w.]+ GPTConfig")
 MOST_PICKLE = 16 << 20
-"""Bytes of the pickle, in which no tensor's numbers are: that of 1558M with its optimizer's state is under a megabyte."""
+"""Bytes of the pickle, which has no tensor's numbers in it: for 1558M and its optimizer's state, under a megabyte."""
 PREFIX = re.compile(r"(_orig_mod\.|module\.)*(transformer\.)?")
 """What torch.compile, DDP and nanoGPT put before a parameter's name."""
 FIELDS = {"n_positions": "block_size", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
@@ -83,10 +83,10 @@ def _load(path: Path) -> dict[str, Any]:
         classes = {name for name in strange if CONFIG_CLASS.fullmatch(name)}
         if foreign := sorted(strange - classes):
             raise UserError(
-                f"{path} cannot be read safely: its pickle asks for {foreign[0][:60]!r}, which may run code. If you "
-                "trust it, load it in the program that wrote it, and save its weights anew: torch.save({'model': "
-                "model.state_dict(), 'config': dict(block_size=..., vocab_size=..., n_layer=..., n_head=..., "
-                "n_embd=...)}, 'plain.pt')"
+                f"{path} cannot be read safely: its pickle asks for {', '.join(foreign)[:80]!r}, which may run code. "
+                "If you trust it, load it in the program that wrote it, and save its weights anew: "
+                "torch.save({'model': model.state_dict(), 'config': dict(block_size=..., vocab_size=..., n_layer=..., "
+                "n_head=..., n_embd=...)}, 'plain.pt')"
             )
         allowed = [(StoredConfig, name.replace(" ", ".")) for name in classes]
         with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
@@ -125,6 +125,8 @@ def _named_in(path: Path) -> set[str]:
 
 def _parameters(stored: Mapping[Any, Any], config: GPTConfig, most: int) -> dict[str, Tensor]:
     """The tensors by our names, each known and of its shape, together in no more than `most` bytes."""
+    if len(stored) < config.n_layer:
+        raise UserError(f"it has {len(stored)} tensors, too few for {config.n_layer} layers")
     ours = {PREFIX.sub("", str(name), count=1): tensor for name, tensor in stored.items()}
     expected = parameter_shapes(config)
     head = ours.get("lm_head.weight")

@@ -129,9 +129,9 @@ def save_build_nanogpt(path: Path, shape: Shape, model: dict[str, Tensor]) -> No
 
 
 KINDS = (
-    "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias "
-    "ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias"
-).split()
+    *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias"),
+    *("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+)
 
 
 def llm_c(shape: Shape, arrays: Arrays, *, bfloat16: bool = False, **header: int) -> bytes:

@@ -195,4 +195,3 @@ def test_a_file_where_a_model_folder_is_asked_for_says_how_to_make_one(tmp_path:
     (tmp_path / "ckpt.pt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"ckpt\.pt is a file: make a model folder of it by python -m eval convert"):
         find_model(str(tmp_path / "ckpt.pt"))
-
