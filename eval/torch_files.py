@@ -32,7 +32,7 @@ PREFIX = re.compile(r"(_orig_mod\.|module\.)*(transformer\.)?")
 """What torch.compile, DDP and nanoGPT put before a parameter's name."""
 FIELDS = {"n_positions": "block_size", **{name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}}
 GELU_NOTE = (
-    "nanoGPT computes GELU by the error function, GPT-2 (and this project) by its tanh approximation: logits differ a "
+    "nanoGPT's present code computes GELU exactly, GPT-2 (and this project) by the tanh approximation: logits differ a "
     'little. For those of nanoGPT in transformers, set "activation_function": "gelu" in config.json'
 )
 

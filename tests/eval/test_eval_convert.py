@@ -62,7 +62,7 @@ def test_a_checkpoint_of_nanogpt(
     assert_computes(load_model(folder), arrays)
     said = capsys.readouterr()
     assert said.out.endswith(f"12 positions, {shape.vocab} token embeddings\n")
-    assert said.err.startswith("warning: nanoGPT computes GELU by the error function")
+    assert said.err.startswith("warning: nanoGPT's present code computes GELU exactly")
     assert ("no biases" in said.err) != biases
 
     config = json.loads((folder / "config.json").read_text())
