@@ -1,4 +1,4 @@
-"""`python -m eval {hellaswag,val-loss,sample,plot,report}`, under torchrun too."""
+"""`python -m eval {hellaswag,val-loss,sample,plot,report,convert}`, under torchrun too."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from eval.convert import Convert
 from eval.hellaswag import HellaSwag
 from eval.plot import Plot
 from eval.report.command import Report
@@ -19,12 +20,14 @@ Command = (
     | Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
 )
 
 
 def main() -> None:
-    command: HellaSwag | ValLoss | Sample | Plot | Report
-    command = parse(Command, "What a model is worth.")  # type: ignore[arg-type]
+    described = "What a model is worth, what its run was like, and its weights for other programs."
+    command: HellaSwag | ValLoss | Sample | Plot | Report | Convert
+    command = parse(Command, described)  # type: ignore[arg-type]
     command.run()
 
 

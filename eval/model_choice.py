@@ -28,7 +28,8 @@ class ModelChoice:
     """A model, and where and how precisely to compute with it."""
 
     model: str
-    """A run, a checkpoint, a Hugging Face directory, or a published name: gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    """A run, a checkpoint, a Hugging Face directory, or a published name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    distilgpt2."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -138,11 +138,11 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int32]:
 
 
 @cache
-def tokenizer_files() -> dict[str, bytes]:
+def tokenizer_files(longest: int = 1024) -> dict[str, bytes]:
     """The files from which `transformers.AutoTokenizer` builds GPT-2's tokenizer, by file name.
 
-    The merges are read back from the ranks: a token of rank r is made by the merge r of the two parts that the
-    merges before r leave of it (Sennrich et al. 2016, section 3.2).
+    It warns of texts of more than `longest` tokens. The merges are read back from the ranks: a token of rank r is made
+    by the merge r of the two parts that the merges before r leave of it (Sennrich et al. 2016, section 3.2).
     """
     encoding = load_tokenizer()
     letters = printable_bytes()
@@ -160,7 +160,7 @@ def tokenizer_files() -> dict[str, bytes]:
         "bos_token": "<|endoftext|>",
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "model_max_length": 1024,
+        "model_max_length": longest,
     }
     return {
         "vocab.json": json.dumps(vocabulary).encode(),

@@ -17,8 +17,11 @@ from gpt2_ddp.model.vocabulary import EOT
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 
-PUBLISHED = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-"""Hugging Face repositories of the weights that OpenAI released in 2019."""
+PUBLISHED = {
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "distilgpt2": "distilbert/distilgpt2",
+}
+"""Hugging Face repositories of the weights that OpenAI released in 2019, and of the one distilled from the smallest."""
 
 LAYER_NORM_EPSILON = 1e-5
 MAX_SIZES = {"n_positions": 1 << 20, "vocab_size": 1 << 22, "n_layer": 1 << 10, "n_head": 1 << 10, "n_embd": 1 << 16}
@@ -260,6 +263,8 @@ def find_model(name: str) -> Path:
         return path
     if name in PUBLISHED:
         return _download(name)
+    if path.is_file():
+        raise UserError(f"{path} is a file: make a model folder of it by python -m eval convert {path} FOLDER")
     if path.exists():
         raise UserError(f"{path} is neither a run nor a model: it has no checkpoints folder and no config.json")
     raise UserError(f"no model {name!r}: give a run, a checkpoint, a model folder, or one of {', '.join(PUBLISHED)}")

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from data_prep.commands import Text
 from data_prep.encoding import OwnEncoder
 from data_prep.tokenizers import TrainTokenizer
+from eval.convert import Convert
 from eval.sample import Sample
 from eval.val_loss import ValLoss
 from gpt2_ddp.config import TrainConfig
@@ -262,3 +263,10 @@ def test_gpt2s_own_files_are_gpt2s(tmp_path: Path) -> None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": rows}))
         assert own.name_in(tmp_path).split(":")[0] == name
+
+
+def test_convert_keeps_it(scene: Path, tmp_path: Path) -> None:
+    Convert(source=str(scene / "run"), target=tmp_path / "hf").run()
+    assert own.name_in(tmp_path / "hf") == manifest(scene / "data")["tokenizer"]
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 0
+    assert tokenizer_of_model(tmp_path / "hf").encode_ordinary(TEXTS[0])
