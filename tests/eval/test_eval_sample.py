@@ -5,22 +5,18 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
-import re
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from drivers.terminal import Terminal
 from hellaswag_examples import opinionated_model, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import ROOT, environment
 
 from eval.sample import Sample
 from eval.writing import Screen, TextStream
@@ -64,42 +60,6 @@ def sample(*models: Path, **flags: object) -> None:
     Sample(model=tuple(map(str, models)), device="cpu", dtype="float32", **flags).run()  # type: ignore[arg-type]
 
 
-class Terminal:
-    """A command in a terminal of its own, whose reader keeps what has come so far."""
-
-    def __init__(self, *flags: object) -> None:
-        self.master, inside = pty.openpty()
-        self.running = subprocess.Popen(
-            ["setsid", "--ctty", sys.executable, "-m", "eval", "sample", *map(str, flags)],
-            env=environment(), cwd=ROOT, stdin=inside, stdout=inside, stderr=inside,
-        )  # fmt: skip
-        os.close(inside)
-        self.chunks: list[bytes] = []
-
-    def read_until(self, pattern: str, *, after: int = 0) -> str:
-        """What has come, when `pattern` is in it past the first `after` characters."""
-        deadline = time.monotonic() + 240
-        while not re.search(pattern, self.text()[after:]):
-            assert time.monotonic() < deadline, self.text()
-            self.chunks.append(os.read(self.master, 1 << 16))
-        return self.text()
-
-    def text(self) -> str:
-        return b"".join(self.chunks).decode().replace("\r\n", "\n")
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def end(self) -> int:
-        while True:
-            try:
-                self.chunks.append(os.read(self.master, 1 << 16))
-            except OSError:  # the terminal has no user any more
-                break
-        os.close(self.master)
-        return self.running.wait(timeout=240)
-
-
 def test_on_a_terminal_the_text_comes_piece_by_piece_and_goes_on_until_an_empty_line(
     reciting: Path, tmp_path: Path
 ) -> None:
@@ -107,7 +67,9 @@ def test_on_a_terminal_the_text_comes_piece_by_piece_and_goes_on_until_an_empty_
     spoken = load_tokenizer().encode_ordinary(SPOKEN)
     flags = ["--model", reciting, "--device", "cpu", "--dtype", "float32", "--temperature", 0, "--interactive"]
     file = tmp_path / "talk.json"
-    terminal = Terminal(*flags, "--prompt", "A \x1b[2Jcup.", "--max-new-tokens", 460, "--json", file)
+    terminal = Terminal(
+        "-m", "eval", "sample", *flags, "--prompt", "A \x1b[2Jcup.", "--max-new-tokens", 460, "--json", file
+    )
     try:
         terminal.read_until(r"A \\x1b\[2Jcup\.")
         terminal.read_until("(?s)end\tof it.*end\tof it")
