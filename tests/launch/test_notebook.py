@@ -93,7 +93,7 @@ def session(where: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
         for name, value in where.items():
             patched.setenv(name, value)
         patched.delenv("PYTHONPATH")
-        NotebookClient(book, timeout=240, kernel_name="python3", resources=resources).execute()
+        NotebookClient(book, timeout=600, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
     assert len([output for output in outputs if "image/png" in output.get("data", ())]) == 1
     return "".join(output.get("text", "") for output in outputs)
