@@ -129,7 +129,7 @@ def unpadded(rows: int) -> int:
 
 
 def hf_files(model: GPT, rows: int, tokenizer: Mapping[str, bytes], eot: int | None = EOT) -> dict[str, Content]:
-    """The files of a Hugging Face directory with the first `rows` token embeddings of `model`, whose documents begin with `eot`."""
+    """The files of a Hugging Face directory with the first `rows` token embeddings; `eot` begins documents."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     config: dict[str, Any] = hf_config(replace(model.config, vocab_size=rows), eot or 0)
     if eot is None or rows <= eot:

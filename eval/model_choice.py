@@ -24,12 +24,9 @@ from gpt2_ddp.system.speed import measure_speed
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelChoice:
-    """A model, and where and how precisely to compute with it."""
+class Computing:
+    """Where and how precisely to compute with a model."""
 
-    model: str
-    """A run, a checkpoint, a Hugging Face directory, or a published name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    distilgpt2."""
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -43,6 +40,15 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if self.sequence_length is not None and self.sequence_length < 1:
             raise UserError(f"--sequence-length {self.sequence_length}: give 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelChoice(Computing):
+    """A model, and where and how precisely to compute with it."""
+
+    model: str
+    """A run, a checkpoint, a Hugging Face directory, or a published name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    distilgpt2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +86,33 @@ def open_model(choice: ModelChoice) -> Iterator[OpenModel]:
         UserError: on every rank, where any of them cannot load it.
     """
     with open_context(choice.device) as context:
-        if context.device.type == "cpu":
-            keep_freed_memory()
-        if choice.json and context.is_main:
-            require_writable(choice.json.parent)
-        path = context.run_on_all(lambda: find_model(choice.model))
-        gpt = context.run_on_all(lambda: load_model(path))
-        length, warning = context.run_on_all(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
-        allow_tf32()
-        hardware = found_hardware(context.device)
-        speed = context.run_on_main(lambda: measure_speed(choice.dtype, hardware, gpt.config.n_embd))
-        dtype, note = choose_dtype(choice.dtype, hardware, speed)
-        precision = Precision.of(dtype, context.device)
-        opened = OpenModel(
-            gpt=gpt.to(context.device), path=path, sequence_length=length, context=context, precision=precision
-        )
-        if context.is_main and (line := died(Path(choice.model))):
-            tell(f"warning: {line}")
-        if warning:
-            opened.warn(warning)
-        if note and context.is_main:
-            tell(note)
-        yield opened
+        yield load_choice(choice, choice.model, context)
+
+
+def load_choice(choice: Computing, model: str, context: DistContext) -> OpenModel:
+    """The model called `model` on every rank of `context`, computing as `choice` says; the rest is as `open_model`."""
+    if context.device.type == "cpu":
+        keep_freed_memory()
+    if choice.json and context.is_main:
+        require_writable(choice.json.parent)
+    path = context.run_on_all(lambda: find_model(model))
+    gpt = context.run_on_all(lambda: load_model(path))
+    length, warning = context.run_on_all(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
+    allow_tf32()
+    hardware = found_hardware(context.device)
+    speed = context.run_on_main(lambda: measure_speed(choice.dtype, hardware, gpt.config.n_embd))
+    dtype, note = choose_dtype(choice.dtype, hardware, speed)
+    precision = Precision.of(dtype, context.device)
+    opened = OpenModel(
+        gpt=gpt.to(context.device), path=path, sequence_length=length, context=context, precision=precision
+    )
+    if context.is_main and (line := died(Path(model))):
+        tell(f"warning: {line}")
+    if warning:
+        opened.warn(warning)
+    if note and context.is_main:
+        tell(note)
+    return opened
 
 
 def choose_length(asked: int | None, path: Path, block_size: int) -> tuple[int, str | None]:

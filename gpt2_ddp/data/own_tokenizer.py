@@ -67,6 +67,13 @@ class OwnTokenizer:
     def decode(self, tokens: Sequence[int], /) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
+    def decode_bytes(self, tokens: Sequence[int], /) -> bytes:
+        if self._spells_bytes:
+            return b"".join(map(self.decode_single_token_bytes, tokens))
+        if len(tokens) != 1:
+            return self.decode(tokens).encode()
+        return self.decode([*tokens, *tokens]).removeprefix(self.decode(tokens)).encode()  # with the space before it
+
     def decode_single_token_bytes(self, token: int) -> bytes:
         spelled = self._tokenizer.id_to_token(token)
         if spelled is None:

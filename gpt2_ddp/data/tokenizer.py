@@ -68,6 +68,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int], /) -> str:
         """The text of ids, U+FFFD for what is no UTF-8."""
 
+    def decode_bytes(self, tokens: Sequence[int], /) -> bytes:
+        """The text of ids as UTF-8, which may begin or end within a character."""
+
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes of text that an id stands for; a UserError where that cannot be told of one id."""
 

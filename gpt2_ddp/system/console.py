@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,10 +53,15 @@ def speak_safely() -> None:
 
 def lost_output() -> OSError | None:
     """Why a part of stdout was dropped, where somebody would have read it."""
+    lost = refused_output()
+    return lost if lost is not None and lost.errno != errno.EPIPE else None
+
+
+def refused_output() -> OSError | None:
+    """Why a part of stdout was dropped, a reader that has gone among the reasons."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    lost = raw.refused if isinstance(raw, Console) else None
-    return lost if lost is not None and lost.errno != errno.EPIPE else None
+    return raw.refused if isinstance(raw, Console) else None
 
 
 def visible(text: str) -> str:
@@ -65,3 +71,11 @@ def visible(text: str) -> str:
     """
     shown = text.expandtabs(4)
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in shown)
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for the control characters that a terminal would obey, but for line ends and tabs."""
+    return "".join(
+        repr(letter)[1:-1] if unicodedata.category(letter) == "Cc" and letter not in "\n\t" else letter
+        for letter in text
+    )

@@ -118,7 +118,7 @@ def test_samples_are_of_its_tokens(scene: Path, capsys: pytest.CaptureFixture[st
     assert int(row.max()) < 300
     with pytest.raises(UserError, match="tokens are 0 to 299"):
         generate(load_model(path), [300], max_new_tokens=1, vocabulary=vocabulary)
-    Sample(model=str(path), prompt="Der 7. Käse", device="cpu", dtype="float32", temperature=0).run()
+    Sample(model=(str(path),), prompt="Der 7. Käse", device="cpu", dtype="float32", temperature=0).run()
     assert "Der 7. Käse" in capsys.readouterr().out
 
 

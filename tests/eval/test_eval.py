@@ -176,7 +176,7 @@ def test_a_sample_ends_where_the_document_does(tmp_path: Path, capsys: pytest.Ca
         model.ln_f.bias.fill_(1.0)
         model.wte.weight[EOT] = 1.0
     folder = write_model(tmp_path / "model", model)
-    Sample(model=str(folder), prompt="Short.", device="cpu", count=2).run()
+    Sample(model=(str(folder),), prompt="Short.", device="cpu", count=2).run()
     assert capsys.readouterr().out == "--- sample 1 of 2\nShort.\n--- sample 2 of 2\nShort.\n"
 
 
@@ -214,8 +214,8 @@ def test_two_ranks_end_together_and_one_says_why(examples_file: Path) -> None:
     ("wrong", "message"),
     [
         (lambda model, data: HellaSwag(model=model, data=data, limit=0), "--limit 0: give 1 or more"),
-        (lambda model, _: Sample(model=model, count=0), "--count 0: give 1 or more"),
-        (lambda model, _: Sample(model=model, temperature=-1.0), "temperature -1.0"),
+        (lambda model, _: Sample(model=(model,), count=0), "--count 0: give 1 or more"),
+        (lambda model, _: Sample(model=(model,), temperature=-1.0), "temperature -1.0"),
         (lambda model, data: ValLoss(model=model, data_dir=data.parent), "no token shards"),
         (lambda model, _: ValLoss(model=model, data_dir=Path("nowhere")), "no data directory at nowhere"),
         (lambda model, _: ValLoss(model=model, sequence_length=0), "--sequence-length 0: give 1 or more"),

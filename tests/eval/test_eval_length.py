@@ -14,7 +14,7 @@ from hellaswag_examples import examples, opinionated_model, write_examples, writ
 from running import write_shards
 
 from eval.hellaswag import HellaSwag
-from eval.model_choice import ModelChoice, choose_length, open_model
+from eval.model_choice import Computing, ModelChoice, choose_length, open_model
 from eval.sample import Sample
 from eval.val_loss import ValLoss, forward_memory, largest_micro_batch
 from gpt2_ddp.data.tokenizer import load_tokenizer
@@ -45,10 +45,11 @@ def narrow(folder: Path) -> GPT:
     return short
 
 
-def ran(command: type[ModelChoice], folder: Path, capsys: pytest.CaptureFixture[str], **flags: Any) -> tuple[Any, str]:
+def ran(command: type[Computing], folder: Path, capsys: pytest.CaptureFixture[str], **flags: Any) -> tuple[Any, str]:
     """What a command wrote to its JSON file, and what it said on stderr."""
     file = folder.parent / "answer.json"
-    command(model=str(folder), device="cpu", dtype="float32", json=file, **flags).run()  # type: ignore[attr-defined]
+    model = (str(folder),) if command is Sample else str(folder)
+    command(model=model, device="cpu", dtype="float32", json=file, **flags).run()  # type: ignore[call-arg, attr-defined]
     return json.loads(file.read_text()), capsys.readouterr().err
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, TopPLogitsWarper
 
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation import inference
 from gpt2_ddp.evaluation.inference import attention_backends
 from gpt2_ddp.evaluation.multiple_choice import Question, score
-from gpt2_ddp.evaluation.sampling import generate
+from gpt2_ddp.evaluation.sampling import Continuation, Drawing, generate, nucleus
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.huggingface import hf_config, to_hf
@@ -66,6 +68,55 @@ def test_draws_follow_the_softmax_of_the_likeliest(temperature: float, top_k: in
     found = torch.bincount(rows[:, -1], minlength=40).double() / draws
     assert not found[expected == 0].any()
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all()
+
+
+def in_nucleus(likelihood: list[float], top_p: float) -> set[int]:
+    """The likeliest ids one by one, until they have `top_p` together."""
+    kept: set[int] = set()
+    for token in sorted(range(len(likelihood)), key=lambda token: -likelihood[token]):
+        if math.fsum(likelihood[other] for other in kept) >= top_p:
+            break
+        kept.add(token)
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9])
+def test_the_nucleus_is_that_of_its_definition_and_of_transformers(top_p: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for scale in (0.1, 1.0, 8.0):
+        logits = (torch.randn(6, 500, generator=generator) * scale).sort(descending=True)[0]
+        kept = nucleus(logits, top_p) > float("-inf")
+        for row, found in zip(logits.double().softmax(-1).tolist(), kept, strict=True):
+            assert set(found.nonzero().flatten().tolist()) == in_nucleus(row, top_p)
+        theirs = TopPLogitsWarper(top_p)(torch.empty(6, 0), logits.double())
+        assert torch.equal(kept, theirs > float("-inf"))
+        assert torch.equal(nucleus(logits, top_p)[kept], logits[kept])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.6), (12, 0.6), (3, 0.99), (None, 1e-6)])
+def test_draws_follow_the_softmax_of_the_nucleus_of_the_likeliest(top_k: int | None, top_p: float) -> None:
+    logits, draws = torch.randn(40, generator=torch.Generator().manual_seed(2)) * 2, 20_000
+    ranked = (logits.double() / 1.3).sort(descending=True).indices[: top_k or 40]
+    likelihood = torch.zeros(40, dtype=torch.float64)
+    likelihood[ranked] = (logits.double()[ranked] / 1.3).softmax(-1)
+    kept = sorted(in_nucleus(likelihood.tolist(), top_p))
+    expected = torch.zeros(40, dtype=torch.float64)
+    expected[kept] = likelihood[kept] / likelihood[kept].sum()
+    drawing = Drawing(temperature=1.3, top_k=top_k, top_p=top_p)
+    drawn = drawing.draw(logits.expand(draws, -1), torch.Generator().manual_seed(5))
+    found = torch.bincount(drawn, minlength=40).double() / draws
+    assert found[expected == 0].sum() == 0
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-4).all()
+
+
+@pytest.mark.parametrize("top_k", [None, 7, 1000])
+def test_a_top_p_of_1_draws_what_was_drawn_without_it(top_k: int | None) -> None:
+    logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(2))
+    scaled = (logits - logits.amax(-1, keepdim=True)) / 0.8
+    values, ids = scaled.topk(top_k) if top_k == 7 else (scaled, torch.arange(40).expand(300, -1))
+    expected = ids.gather(1, torch.multinomial(values.softmax(-1), 1, generator=torch.Generator().manual_seed(9)))
+    drawing = Drawing(temperature=0.8, top_k=top_k, top_p=1.0)
+    assert torch.equal(drawing.draw(logits, torch.Generator().manual_seed(9)), expected.squeeze(1))
 
 
 def test_padding_ids_are_never_drawn_however_likely() -> None:
@@ -127,6 +178,35 @@ def test_each_token_is_read_once_until_the_window_slides() -> None:
     model.wte.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
     generate(model, [1, 2, 3], max_new_tokens=16)
     assert read == [3, *[1] * 13, 16, 16]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("length", [16, 40])
+def test_a_text_is_written_on_as_if_all_of_it_had_been_the_prompt(interrupted: bool, length: int) -> None:
+    """Also past the length, where the window slides, and after Ctrl-C in the middle of a pass through the layers."""
+    model, drawing = sharp(replace(SMALL, block_size=40)), Drawing(temperature=0)
+    text = Continuation(model, [1, 2, 3], drawing, sequence_length=length)
+    text.write(4)
+    if interrupted:
+        with interrupted_in(model.h[1]), pytest.raises(KeyboardInterrupt):
+            text.write(1)
+    text.append([9, 8])
+    text.write(9)
+    expected = generate(model, [1, 2, 3], max_new_tokens=4, temperature=0, sequence_length=length)[0].tolist()
+    expected = generate(model, [*expected, 9, 8], max_new_tokens=9, temperature=0, sequence_length=length)
+    assert torch.equal(text.ids, expected)
+
+
+@contextmanager
+def interrupted_in(module: torch.nn.Module) -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = module.register_forward_pre_hook(interrupt)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def test_only_the_last_block_size_tokens_count() -> None:
@@ -191,6 +271,9 @@ def test_outside_of_training_cudnn_computes_no_attention_on_a_gpu(monkeypatch: p
         ([1], {"temperature": -0.1}, "temperature -0.1"),
         ([1], {"temperature": float("nan")}, "temperature nan"),
         ([1], {"top_k": 0}, "top-k 0"),
+        ([1], {"top_p": 0.0}, "top-p 0.0"),
+        ([1], {"top_p": 1.5}, "top-p 1.5"),
+        ([1], {"top_p": float("nan")}, "top-p nan"),
         ([1], {"max_new_tokens": -1}, "-1 new tokens"),
     ],
 )
