@@ -89,6 +89,8 @@ BESIDE = {
     "build.compiling": "speed",
     "checkpoint.choice": "a broken checkpoint is passed over",
     "system.fields": "a checkpoint from elsewhere is checked",
+    "data.mixture": "several data directories at once",
+    "data.sources": "several data directories at once",
     "data.manifest": "a preparation that is not whole, or no longer, is refused",
     "data.tokenizer": "a checkpoint can be read by other programs",
     "distributed.drift": "ranks that differ are found",

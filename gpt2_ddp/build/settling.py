@@ -17,9 +17,10 @@ from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
-from gpt2_ddp.data.manifest import read_manifest
+from gpt2_ddp.data.mixture import open_mixture
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
+from gpt2_ddp.data.sources import read_manifests, said_of_mixture
+from gpt2_ddp.data.windows import Windows, require_one_step
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, use_deterministic_kernels
@@ -102,7 +103,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
         weights=weights,
         boards=boards,
         numerics=numerics,
-        said=[*found.said, *said_of_validation, *yardsticks.said, *said_of_dtype],
+        said=[*said_of_mixture(config.data_dir), *found.said, *said_of_validation, *yardsticks.said, *said_of_dtype],
     )
 
 
@@ -126,10 +127,11 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
 
 def settle_validation(config: TrainConfig, context: DistContext) -> tuple[TrainConfig, list[str]]:
     """Without validation where rank 0's data were prepared so, and `--val-every` is the default; collective."""
-    manifest = context.run_on_main(lambda: read_manifest(config.data_dir))
-    if manifest is None or manifest.documents["val"] or config.val_every != TrainConfig.val_every:
+    manifests = context.run_on_main(lambda: read_manifests(config.data_dir))
+    without = [str(path) for path, manifest in manifests.items() if manifest and not manifest.documents["val"]]
+    if not without or config.val_every != TrainConfig.val_every:
         return config, []
-    return replace(config, val_every=0), [f"{config.data_dir} has no validation split: training without validation"]
+    return replace(config, val_every=0), [f"{without[0]} has no validation split: training without validation"]
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> BatchPlan:
@@ -160,11 +162,13 @@ def open_sources(config: TrainConfig, plan: BatchPlan, yardsticks: Yardsticks) -
     Raises:
         UserError: for what is missing, broken or too little.
     """
-    train_shards = find_shards(config.data_dir, "train")
-    train = Windows(train_shards, config.sequence_length)
-    require_one_step(train, plan)
+    if isinstance(config.data_dir, Path):
+        train = Windows(find_shards(config.data_dir, "train"), config.sequence_length)
+        require_one_step(train, plan)
+    else:
+        train = open_mixture(config.data_dir, plan)
     evaluations = tuple(make_evaluations(config, plan, train, yardsticks))
-    return Sources(train=train, evaluations=evaluations, fingerprint=fingerprint(train_shards))
+    return Sources(train=train, evaluations=evaluations, fingerprint=train.fingerprint())
 
 
 def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> Found:
