@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from recomputed import token_windows
 from running import describe, write_shards
@@ -83,6 +83,8 @@ def test_the_order_is_the_one_that_is_walked(weights: list[int], seed: int) -> N
 
 
 @given(weights=WEIGHTS, seed=st.integers(0, 2**63), start=st.integers(0, 10**11))
+@example(weights=[49_999_999, 50_000_001], seed=1, start=10**11)
+@example(weights=[99_999_999, 1], seed=1, start=10**11)
 @settings(max_examples=60, deadline=None)
 def test_each_source_has_its_share_up_to_any_place(weights: list[int], seed: int, start: int) -> None:
     """Within K - 1 sequences, also far away; and one source alone takes each sequence."""
