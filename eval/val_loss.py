@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import psutil
 import torch
+import tyro
 
 from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.directory import find_shards
-from gpt2_ddp.data.loader import ValidationData
+from gpt2_ddp.data.mixture import find_validation, share_validation
+from gpt2_ddp.data.sources import METAVAR, DataDir, shown
 from gpt2_ddp.data.tokenizer import require_same_tokenizer
-from gpt2_ddp.data.windows import Windows
-from gpt2_ddp.evaluation.validation import find_byte_counts, validation_loss
+from gpt2_ddp.evaluation.validation import event_values, find_byte_counts, loss_by_source
 from gpt2_ddp.model.gpt import GPTConfig
 from gpt2_ddp.model.head import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model.memory import USABLE
@@ -31,10 +30,11 @@ BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
 class ValLoss(ModelChoice):
     """Loss on validation shards, a token and a byte of text, over the same tokens whatever the number of ranks."""
 
-    data_dir: Path = TrainConfig.data_dir
-    """Folder of token shards, as `python -m data_prep` makes it."""
+    data_dir: Annotated[DataDir, tyro.conf.arg(metavar=METAVAR)] = TrainConfig.data_dir
+    """Folder of token shards, as `python -m data_prep` makes it; or several and their weights, as A:0.7 B:0.3."""
     val_tokens: int = TrainConfig.val_tokens
-    """Tokens to predict, from the start of the validation shards; at most what they hold."""
+    """Tokens to predict, from the start of the validation shards; at most what they hold. Of several folders each is
+    asked for its share, by weight, and has a loss of its own beside that of all."""
     micro_batch_size: int | Literal["auto"] = "auto"
     """Sequences that one rank computes at once; auto takes as many as keep the device busy and fit in memory."""
 
@@ -42,34 +42,40 @@ class ValLoss(ModelChoice):
         """Print the loss, and write the JSON if asked to."""
         if self.micro_batch_size != "auto" and self.micro_batch_size < 1:
             raise UserError(f"--micro-batch-size {self.micro_batch_size}: give 1 or more")
-        shards = find_shards(self.data_dir, "val")
+        shards = find_validation(self.data_dir)
         with open_model(self) as opened:
             length, size = opened.sequence_length, self.micro_batch_size
-            data = ValidationData(
-                windows=Windows(shards, length),
+            parts = share_validation(
+                shards,
+                sequence_length=length,
                 val_tokens=self.val_tokens,
                 micro_batch_size=chosen_micro_batch(opened) if size == "auto" else size,
             )
-            if data.sequences < 1:
-                raise UserError(
-                    f"not one sequence of {length} tokens in --val-tokens {self.val_tokens} and the validation "
-                    f"shards of {self.data_dir}: give a smaller --sequence-length"
-                )
+            for name, part in parts.items():
+                if part.sequences < 1:
+                    raise UserError(
+                        f"not one sequence of {length} tokens in --val-tokens {self.val_tokens} and the validation "
+                        f"shards of {name}: give a smaller --sequence-length"
+                    )
             context = opened.context
             context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir))
             vocab_size = opened.gpt.config.vocab_size
             byte_counts, said = context.run_on_main(lambda: find_byte_counts(self.data_dir, vocab_size))
             for line in said:
                 opened.warn(line)
-            batches = data.batches(rank=context.rank, world_size=context.world_size)
-            found = validation_loss(opened.gpt, batches, context, opened.precision.autocast(), byte_counts)
+            autocast = opened.precision.autocast()
+            found, by_source = loss_by_source(opened.gpt, parts, context, autocast, byte_counts)
+            values = event_values(found, parts, by_source)
             perplexity = math.exp(min(found.val_loss, 700.0))
             bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits a byte,"
             opened.say(
                 f"{opened.path}: validation loss {found.val_loss:.4f} nats a token (perplexity {perplexity:.2f}){bits} "
-                f"over {data.tokens} tokens of {self.data_dir}, {length} at a time"
+                f"over {values['tokens']} tokens of {shown(self.data_dir)}, {length} at a time"
             )
-            opened.write_json(self.json, asdict(found) | {"tokens": data.tokens})
+            for name, own in by_source.items():
+                if len(by_source) > 1:
+                    opened.say(f"{name}: {own.val_loss:.4f} nats a token over {parts[name].tokens} tokens")
+            opened.write_json(self.json, values)
 
 
 def chosen_micro_batch(opened: OpenModel) -> int:

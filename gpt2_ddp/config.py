@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from gpt2_ddp.data.sources import METAVAR, DataDir, source_faults
 from gpt2_ddp.model.gpt import SIZES, GPTConfig, model_config
 from gpt2_ddp.system.errors import UserError
 
@@ -27,8 +28,8 @@ class TrainConfig:
     rounded up to a multiple of 128."""
     init_from: str | None = None
     """Start from these weights: a run, a checkpoint, a Hugging Face GPT-2 directory, or a published GPT-2's name."""
-    data_dir: Path = Path("data/demo")
-    """Folder of token shards, as `python -m data_prep` makes it."""
+    data_dir: Annotated[DataDir, tyro.conf.arg(metavar=METAVAR)] = Path("data/demo")
+    """Folder of token shards, as `python -m data_prep` makes it; or several to be mixed by weight, as A:0.7 B:0.3."""
     out_dir: Path = Path("runs/gpt2")
     """The run directory: checkpoints, metrics and status."""
     seed: int = 1337
@@ -140,7 +141,7 @@ class TrainConfig:
         Raises:
             UserError: naming each bad flag, what it is and what it may be.
         """
-        faults = []
+        faults = source_faults(self.data_dir)
         block_size = model_config(self.model).block_size
         if self.sequence_length > block_size:
             faults.append(f"--sequence-length {self.sequence_length} is past the model's {block_size}")

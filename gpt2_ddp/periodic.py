@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.checkpoint.state import checkpoint_files
-from gpt2_ddp.data.manifest import read_manifest
+from gpt2_ddp.data.mixture import Mixture
+from gpt2_ddp.data.sources import data_source
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer
@@ -58,8 +59,7 @@ def note_start(run: Run) -> None:
         "torch": torch.__version__,
         "commit": commit,
     }
-    manifest = read_manifest(run.config.data_dir)
-    data = {"data_source": manifest and manifest.source, "data_fingerprint": run.data_fingerprint}
+    data = {"data_source": data_source(run.config.data_dir), "data_fingerprint": run.data_fingerprint}
     values = {"config": run.config.to_json(), **data, "starts": [*starts, start]}
     replace_file(file, json.dumps(values, indent=2) + "\n")
 
@@ -121,6 +121,9 @@ def save(run: Run, *, final: bool = False) -> None:
     """Start to save; the files are made on the one rank that writes them. From the `final` save on no rank waits."""
     if final:
         run.watchdog.dismiss()
+    if isinstance(windows := run.data.windows, Mixture):
+        sequences = (run.state.step + run.state.guard.passed_over) * run.plan.sequences_per_step
+        run.log.event("sources", step=run.state.step, sources=windows.given(sequences, seed=run.config.seed))
     facts = {
         "numerics": run.numerics,
         "batch": asdict(run.plan),

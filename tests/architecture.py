@@ -95,6 +95,8 @@ BESIDE = {
     "checkpoint.choice": "a broken checkpoint is passed over",
     "system.fields": "a checkpoint from elsewhere is checked",
     "data.headerless": "files of another program",
+    "data.mixture": "several data directories at once",
+    "data.sources": "several data directories at once",
     "data.manifest": "a preparation that is not whole, or no longer, is refused",
     "data.tokenizer": "a checkpoint can be read by other programs",
     "data.own_tokenizer": "tokens of another tokenizer than GPT-2's",

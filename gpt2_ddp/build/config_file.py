@@ -53,6 +53,8 @@ def flags_of(file: Path) -> list[str]:
             raise UserError(f"{file}: there is no flag {key}{mend}")
         if isinstance(value, bool):
             found.append(flag(name) if value else flag(f"no_{name}"))
+        elif name == "data_dir" and isinstance(value, list) and all(isinstance(word, str) for word in value):
+            found += [flag(name), *value]
         elif isinstance(value, (str, int, float)):
             found.append(f"{flag(name)}={value}")
         elif value is not None:  # in a config.json: a flag that was not given

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gpt2_ddp.config import TrainConfig
-from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.loader import ValidationData
-from gpt2_ddp.data.manifest import read_manifest
+from gpt2_ddp.data.mixture import find_validation, share_validation
 from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.sources import data_source
 from gpt2_ddp.data.tokenizer import tokenizer_of_data
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.hellaswag import HellaSwag, read_examples
@@ -41,8 +41,7 @@ def find_yardsticks(config: TrainConfig) -> Yardsticks:
     if not config.val_every:
         return Yardsticks()
     byte_counts, said = find_byte_counts(config.data_dir, config.shape.vocab_size)
-    manifest = read_manifest(config.data_dir)
-    references = fitting(config.to_json(), manifest.source if manifest else None)
+    references = fitting(config.to_json(), data_source(config.data_dir))
     said += [f"reference for validations: {reference.name}, {reference.source}" for reference in references]
     return Yardsticks(byte_counts=byte_counts, references=references, said=said)
 
@@ -59,9 +58,9 @@ def make_evaluations(
     if config.system_every:
         yield MachineUse(config.system_every, config.out_dir)  # the first, so that it is asked of the steps
     if config.val_every:
-        data = open_validation(config, plan.micro_batch_size)
+        parts = open_validation(config, plan.micro_batch_size)
         track = OnTrack(yardsticks.references, config.to_json())
-        yield Validation(every=config.val_every, data=data, byte_counts=yardsticks.byte_counts, track=track)
+        yield Validation(every=config.val_every, parts=parts, byte_counts=yardsticks.byte_counts, track=track)
     if config.hellaswag_every:
         examples = read_examples(config.hellaswag_data)
         yield HellaSwag(
@@ -84,15 +83,22 @@ def make_evaluations(
         yield NoiseScale(every=config.noise_scale_every, windows=train, plan=plan, seed=config.seed, metrics=metrics)
 
 
-def open_validation(config: TrainConfig, micro_batch_size: int) -> ValidationData:
-    """
+def open_validation(config: TrainConfig, micro_batch_size: int) -> dict[str, ValidationData]:
+    """The validation data of each source, by its path.
+
     Raises:
-        UserError: where the validation shards hold not one window.
+        UserError: where the validation shards of one hold not one window.
     """
-    windows = Windows(find_shards(config.data_dir, "val"), config.sequence_length)
-    if not len(windows):
-        raise UserError(
-            f"the validation shards in {config.data_dir} hold no window of {config.sequence_length} tokens: "
-            "prepare more, or switch validation off with --val-every 0"
-        )
-    return ValidationData(windows=windows, val_tokens=config.val_tokens, micro_batch_size=micro_batch_size)
+    parts = share_validation(
+        find_validation(config.data_dir),
+        sequence_length=config.sequence_length,
+        val_tokens=config.val_tokens,
+        micro_batch_size=micro_batch_size,
+    )
+    for name, part in parts.items():
+        if not len(part.windows):
+            raise UserError(
+                f"the validation shards in {name} hold no window of {config.sequence_length} tokens: "
+                "prepare more, or switch validation off with --val-every 0"
+            )
+    return parts

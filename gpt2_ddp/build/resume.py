@@ -11,6 +11,7 @@ from gpt2_ddp.checkpoint.choice import checkpoints, named, newest_good, set_asid
 from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.checkpoint.state import Found, read_state
 from gpt2_ddp.config import TrainConfig, flag
+from gpt2_ddp.data.sources import shown
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 from gpt2_ddp.system.precision import DTYPES
@@ -94,7 +95,8 @@ def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprin
     saved_config = saved.get("config")
     found = differences(saved_config if isinstance(saved_config, dict) else {}, config)
     if saved.get("data_fingerprint") != data_fingerprint:
-        found.append(f"the tokens in --data-dir {config.data_dir} are not those the run was trained on")
+        weights = "" if isinstance(config.data_dir, Path) else ", in this order and by these weights,"
+        found.append(f"the tokens in --data-dir {shown(config.data_dir)}{weights} are not those the run was trained on")
     if found:
         weights = f", with --init-from {config.out_dir} to begin with its weights" if config.init_from is None else ""
         raise UserError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir{weights}")

@@ -19,10 +19,11 @@ from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
-from gpt2_ddp.data.manifest import read_manifest
+from gpt2_ddp.data.mixture import open_mixture
 from gpt2_ddp.data.plan import BatchPlan
+from gpt2_ddp.data.sources import read_manifests, said_of_mixture
 from gpt2_ddp.data.tokenizer import require_same_tokenizer
-from gpt2_ddp.data.windows import Windows, fingerprint, require_one_step
+from gpt2_ddp.data.windows import Windows, require_one_step
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, use_deterministic_kernels
@@ -77,9 +78,9 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
             uses, a disk without room, a board that does not answer.
     """
     hardware = found_hardware(context.device)
-    manifest = context.run_on_main(lambda: read_manifest(config.data_dir))
-    config = settle_vocabulary(config, manifest)
-    config, said_of_validation = settle_validation(config, manifest)
+    manifests = context.run_on_main(lambda: read_manifests(config.data_dir))
+    config = settle_vocabulary(config, manifests)
+    config, said_of_validation = settle_validation(config, manifests)
     dtype, said_of_dtype = settle_dtype(config, context, hardware)
     precision = Precision.of(dtype, context.device)
     if config.reproducible:
@@ -106,7 +107,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
         weights=weights,
         boards=boards,
         numerics=numerics,
-        said=[*found.said, *said_of_validation, *yardsticks.said, *said_of_dtype],
+        said=[*said_of_mixture(config.data_dir), *found.said, *said_of_validation, *yardsticks.said, *said_of_dtype],
     )
 
 
@@ -155,11 +156,13 @@ def open_sources(config: TrainConfig, plan: BatchPlan, yardsticks: Yardsticks) -
     Raises:
         UserError: for what is missing, broken or too little.
     """
-    train_shards = find_shards(config.data_dir, "train")
-    train = Windows(train_shards, config.sequence_length)
-    require_one_step(train, plan)
+    if isinstance(config.data_dir, Path):
+        train = Windows(find_shards(config.data_dir, "train"), config.sequence_length)
+        require_one_step(train, plan)
+    else:
+        train = open_mixture(config.data_dir, plan)
     evaluations = tuple(make_evaluations(config, plan, train, yardsticks))
-    return Sources(train=train, evaluations=evaluations, fingerprint=fingerprint(train_shards))
+    return Sources(train=train, evaluations=evaluations, fingerprint=train.fingerprint())
 
 
 def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> Found:

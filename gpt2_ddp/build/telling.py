@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpt2_ddp.build.making import Made
 from gpt2_ddp.build.settling import Settled
+from gpt2_ddp.data.sources import shown
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.shapes import parameter_count
@@ -35,7 +36,7 @@ def start_line(settled: Settled, made: Made, context: DistContext) -> str:
     return " | ".join(
         [
             f"{config.model}, {short(parameter_count(made.model.config))} parameters",
-            f"{config.data_dir}, {short(windows * plan.sequence_length)} tokens",
+            f"{shown(config.data_dir)}, {short(windows * plan.sequence_length)} tokens",
             steps,
             f"{counted(context.world_size, 'rank')}{f' on {nodes} nodes' if nodes > 1 else ''}, "
             f"{' '.join(filter(None, [hardware.device_type, hardware.name]))}",

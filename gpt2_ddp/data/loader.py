@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_ddp.data.order import Indices, step_windows
+from gpt2_ddp.data.order import Indices
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.system.errors import OneRankError, user_error
@@ -58,7 +58,7 @@ class TrainData:
 
     def step_windows(self, step: int) -> Indices:
         """The windows (sequences_per_step,) that update `step`, counted from 1, consumes, of all ranks."""
-        return step_windows(step, n=len(self.windows), count=self.plan.sequences_per_step, seed=self.seed)
+        return self.windows.of_step(step, count=self.plan.sequences_per_step, seed=self.seed)
 
     def load(self, step: int) -> StepBatch:
         """This rank's batch of `step`, read now."""

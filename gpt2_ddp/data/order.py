@@ -16,9 +16,8 @@ Indices = npt.NDArray[np.int64]
 FEISTEL_ROUNDS = 6
 
 
-def step_windows(step: int, *, n: int, count: int, seed: int) -> Indices:
-    """The windows (count,) of `n` that update `step`, counted from 1, consumes, of `count` sequences a step."""
-    sequences = np.arange((step - 1) * count, step * count, dtype=np.int64)
+def shuffled(sequences: Indices, *, n: int, seed: int) -> Indices:
+    """The windows (count,) of `n` that the global `sequences` (count,) are, epoch after epoch."""
     epochs = sequences // n
     order = np.empty_like(sequences)
     for epoch in np.unique(epochs):
@@ -42,13 +41,13 @@ def permute(index: Indices, *, n: int, seed: int, epoch: int) -> Indices:
     while outside.any():
         left, right = places[outside] >> half, places[outside] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (scrambled(right ^ key) & mask)
         places[outside] = left << half | right
         outside = places >= n
     return places.astype(np.int64)
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def scrambled(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit of the input reaches every bit out."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import tiktoken
 from tiktoken_ext import openai_public  # type: ignore[import-untyped]
 
-from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.own_tokenizer import FILE, OwnTokenizer, has_own, name_in, named_eot, own_tokenizer, printable_bytes
+from gpt2_ddp.data.sources import DataDir, read_manifests
 from gpt2_ddp.model.vocabulary import EOT, Vocabulary
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file
@@ -75,18 +75,18 @@ class Tokenizer(Protocol):
         """The bytes of text that an id stands for; a UserError where that cannot be told of one id."""
 
 
-def tokenizer_of_data(data_dir: Path) -> Tokenizer:
-    """The tokenizer of the shards in a data directory, GPT-2's where no manifest says otherwise.
+def tokenizer_of_data(data_dir: DataDir) -> Tokenizer:
+    """The tokenizer of some data, GPT-2's where no manifest says otherwise; the sources of a mixture have one.
 
     Raises:
         UserError: where it is not there, and as `load_tokenizer`.
     """
-    manifest = read_manifest(data_dir)
+    first, manifest = next(iter(read_manifests(data_dir).items()))
     if manifest is None or manifest.tokenizer == "gpt2":
         return load_tokenizer()
-    tokenizer = own_tokenizer(data_dir, manifest.vocabulary.eot)
+    tokenizer = own_tokenizer(first, manifest.vocabulary.eot)
     if tokenizer.name != manifest.tokenizer:
-        raise UserError(f"{data_dir / FILE} is {tokenizer.name}, and the shards beside it are of {manifest.tokenizer}")
+        raise UserError(f"{first / FILE} is {tokenizer.name}, and the shards beside it are of {manifest.tokenizer}")
     return tokenizer
 
 
@@ -111,16 +111,16 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(size=tokenizer.n_vocab, eot=tokenizer.eot_token)
 
 
-def require_same_tokenizer(directory: Path, data_dir: Path) -> None:
+def require_same_tokenizer(directory: Path, data_dir: DataDir) -> None:
     """
     Raises:
         UserError: where the tokens of the model in `directory` are not those of the shards in `data_dir`.
     """
-    manifest = read_manifest(data_dir)
+    first, manifest = next(iter(read_manifests(data_dir).items()))
     ours, theirs = name_in(directory), manifest.tokenizer if manifest else "gpt2"
     if ours != theirs:
         raise UserError(
-            f"{directory} reads the tokens of {ours[:15]}, and those in {data_dir} are of {theirs[:15]}: prepare the "
+            f"{directory} reads the tokens of {ours[:15]}, and those in {first} are of {theirs[:15]}: prepare the "
             "text with its tokenizer"
         )
 

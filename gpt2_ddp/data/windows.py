@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_ddp.data.order import Indices
+from gpt2_ddp.data.order import Indices, shuffled
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import OpenShard, Shard, check_tokens
 from gpt2_ddp.system.errors import UserError
@@ -35,6 +35,14 @@ class Windows:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def of_step(self, step: int, *, count: int, seed: int) -> Indices:
+        """The windows (count,) that update `step`, counted from 1, consumes, of `count` sequences a step."""
+        return shuffled(np.arange((step - 1) * count, step * count, dtype=np.int64), n=len(self), seed=seed)
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what the data is, as the function below."""
+        return fingerprint(self.shards)
 
     def read(self, windows: Indices) -> Tensor:
         """The tokens of `windows` (n,) as int64 (n, sequence_length + 1).

@@ -15,7 +15,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2_ddp.data.order import step_windows
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
@@ -125,7 +124,7 @@ class NoiseScale:
         self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int
     ) -> Findings | None:
         sequences, length = self.plan.sequences_per_step, self.plan.sequence_length
-        windows = step_windows(step + 1, n=len(self.windows), count=sequences, seed=self.seed)
+        windows = self.windows.of_step(step + 1, count=sequences, seed=self.seed)
         tokens = self.windows.read(windows[self.plan.rank_sequences(context.rank)])
         small, big = squared_norms(model, tokens, context, autocast, sequences=sequences)
         if not context.is_main:

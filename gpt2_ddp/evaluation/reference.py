@@ -91,11 +91,12 @@ def read_references() -> list[Reference]:
     ]
 
 
-def fitting(config: Mapping[str, Any], data_source: str | None) -> tuple[Reference, ...]:
+def fitting(config: Mapping[str, Any], data_source: object) -> tuple[Reference, ...]:
     """What a run may be compared with: the reference with the nearest recipe and, where that tells only of its end, the
     nearest curve; none where model, data, batch or length of sequences are others, or the run began with weights.
 
-    `config` are the trainer's flags as JSON has them, `data_source` is what the data's manifest calls their source.
+    `config` are the trainer's flags as JSON has them, `data_source` is what the data's manifest calls their source; a
+    mixture's is a list of them, which no reference has.
     """
     if config.get("init_from") is not None:
         return ()
