@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +201,12 @@ def fork_small(out_dir: Path, data_dir: Path, *more: str, nproc: int = 0) -> End
     return done
 
 
+def kill(pid: int) -> None:
+    """End a process, if it has not been waited for already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
 def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = None, status: int = 0) -> Ended:
     """As `fork_ranks`, by a trainer's own flags; what all ranks said, one rank after the other."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -212,7 +220,10 @@ def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = No
     }
     places = [torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
     trainers = [start_forked(argv, faults=faults, env=place) for place in places]
+    bound = threading.Timer(240, lambda: [kill(trainer.pid) for trainer in trainers])  # ranks wait for each other
+    bound.start()
     ended = [trainer.wait() for trainer in trainers]
+    bound.cancel()
     for rank, done in enumerate(ended):
         assert done.returncode == status, f"rank {rank}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     said, told = ("".join(getattr(done, name) for done in ended) for name in ("stdout", "stderr"))
