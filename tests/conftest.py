@@ -22,8 +22,9 @@ LONG = (
 
 
 def pytest_configure() -> None:
-    """The tests' processes hear what they are sent, also where the suite itself was started under `nohup`."""
+    """The tests' processes hear what they are sent, also where the suite was started under `nohup` or behind a `&`."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ SAVED = TrainConfig(max_steps=1000, warmup_steps=100, max_lr=6e-4)
     ],
 )
 def test_a_rate_that_jumps_is_said(changes: dict[str, Any], step: int, jumps: bool) -> None:
-    said = rate_jump(TrainConfig(**{**SAVED.to_json(), **changes}), SAVED.to_json(), step)
+    said = rate_jump(replace(SAVED, **changes), SAVED.to_json(), step)
     assert len(said) == jumps
     if jumps:
         assert f" at step {step + 1}: " in said[0]

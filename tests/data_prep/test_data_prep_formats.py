@@ -25,6 +25,7 @@ from data_prep.formats import (
     text_documents,
 )
 from data_prep.split import ValidationSplit, whole_documents
+from gpt2_ddp.model.vocabulary import EOT
 
 SEPARATORS = ["\n\n", "\n", " ", "\r\n\r\n", "日本", "é", ""]
 
@@ -118,7 +119,7 @@ def test_documents_are_found_again_across_shards(lengths: list[int], shard: int)
     documents = [np.array([50256, *range(length - 1)], np.uint16) for length in lengths]
     tokens = np.concatenate([np.array([], np.uint16), *documents])
     shards = [tokens[start : start + shard] for start in range(0, len(tokens), shard)]
-    assert [found.tolist() for found in whole_documents(shards)] == [document.tolist() for document in documents]
+    assert [found.tolist() for found in whole_documents(shards, EOT)] == [document.tolist() for document in documents]
 
 
 @settings(max_examples=50, deadline=None)

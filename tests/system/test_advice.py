@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -215,13 +215,13 @@ def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_packed_files(tmp_path: Path) -> None:
-    packed = tmp_path / "a.txt.gz"
-    packed.write_bytes(gzip.compress(b"text"))
+    packed = tmp_path / "a.txt.xz"
+    packed.write_bytes(lzma.compress(b"text"))
     for argument in (packed, tmp_path):
         chosen = command(tmp_path, paths=(str(argument),), val_tokens=None, out=tmp_path / "out" / argument.name)
         (tmp_path / "texts.jsonl").unlink(missing_ok=True)
-        advice(chosen.run, "unpack it first" if argument == packed else r"holds 1 \.txt\.gz")
-    (tmp_path / "a.txt").write_bytes(gzip.decompress(packed.read_bytes()))
+        advice(chosen.run, "unpack it first" if argument == packed else r"holds 1 \.txt\.xz")
+    (tmp_path / "a.txt").write_bytes(lzma.decompress(packed.read_bytes()))
     chosen.run()
     assert texts_of(chosen.out, "train") == ["text"]
 
