@@ -12,7 +12,7 @@ from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
 from gpt2_ddp.data.plan import BatchPlan
-from gpt2_ddp.data.tokenizer import Tokenizer
+from gpt2_ddp.data.tokenizer import SavedTokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.reduction import GradientReduction
 from gpt2_ddp.distributed.stopping import StopRequest
@@ -50,7 +50,7 @@ class Run:
     stop: StopRequest
     watchdog: Watchdog
     state: TrainState
-    tokenizer: Tokenizer | None
+    tokenizer: SavedTokenizer | None
 
     def close(self) -> None:
         """End the threads and files of the run; a save in flight is finished first."""

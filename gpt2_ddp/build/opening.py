@@ -9,7 +9,7 @@ from gpt2_ddp.build.telling import start_lines
 from gpt2_ddp.checkpoint.writer import CheckpointWriter
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import TrainData
-from gpt2_ddp.data.tokenizer import tokenizer_of_data
+from gpt2_ddp.data.tokenizer import saved_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.distributed.watchdog import Watchdog
@@ -50,7 +50,7 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         stop=stop,
         watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),
         state=state,
-        tokenizer=tokenizer_of_data(config.data_dir) if context.is_main else None,
+        tokenizer=saved_tokenizer(config.data_dir) if context.is_main else None,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt2_ddp.checkpoint.choice import newest_good
 from gpt2_ddp.checkpoint.files import Content, read_tensors
-from gpt2_ddp.data.tokenizer import Tokenizer, files_of
+from gpt2_ddp.data.tokenizer import SavedTokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import hf_config, load_weights, to_hf
@@ -123,15 +123,15 @@ def checkpoint_files(
     optimizer: torch.optim.Optimizer,
     *,
     facts: Mapping[str, object],
-    tokenizer: Tokenizer | None = None,
+    tokenizer: SavedTokenizer | None = None,
 ) -> dict[str, Content]:
     """The files of a checkpoint: a Hugging Face GPT-2 directory, the optimizer's state and the run's.
 
     `facts` are what is told of the run beside its state, as JSON carries it, and is never put back.
     """
     return {
-        "config.json": hf_config(model.config, tokenizer.eot_token if tokenizer else EOT),
-        **(files_of(tokenizer) if tokenizer else {}),
+        "config.json": hf_config(model.config, tokenizer.eot if tokenizer else EOT),
+        **(tokenizer.files if tokenizer else {}),
         "model.safetensors": to_hf(model.state_dict()),
         OPTIMIZER_FILE: optimizer_tensors(model, optimizer),
         STATE_FILE: {**state.state_dict(), **facts},

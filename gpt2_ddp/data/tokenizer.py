@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -101,9 +102,24 @@ def tokenizer_of_model(directory: Path) -> Tokenizer:
     return own_tokenizer(directory, named_eot(directory))
 
 
-def files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files from which `transformers.AutoTokenizer` builds the same tokenizer, by file name."""
-    return tokenizer.files() if isinstance(tokenizer, OwnTokenizer) else tokenizer_files()
+@dataclass(frozen=True, kw_only=True)
+class SavedTokenizer:
+    """What a checkpoint holds of a tokenizer."""
+
+    eot: int
+    files: dict[str, bytes]
+    """By name, the files from which `transformers.AutoTokenizer` builds the same one."""
+
+
+def saved_tokenizer(data_dir: DataDir) -> SavedTokenizer:
+    """That of the tokenizer of some data. GPT-2's takes a second, once in a process: not to be spent in a save.
+
+    Raises:
+        UserError: as `tokenizer_of_data`.
+    """
+    tokenizer = tokenizer_of_data(data_dir)
+    files = tokenizer.files() if isinstance(tokenizer, OwnTokenizer) else tokenizer_files()
+    return SavedTokenizer(eot=tokenizer.eot_token, files=files)
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
