@@ -58,8 +58,8 @@ class TrainConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for everything else."""
-    muon_lr: float = 1.8e-3
-    """Muon's own --max-lr, in AdamW's units; the schedule is one."""
+    muon_lr: float = 4e-3
+    """Muon's own --max-lr, in AdamW's units, as the sweep in docs/experiments.md chose it; the schedule is one."""
     muon_momentum: float = 0.95
     """Muon's momentum (Nesterov's)."""
     muon_momentum_warmup: int = 300
