@@ -107,16 +107,16 @@ def read_source(source: str) -> tuple[GPT, Mapping[str, bytes], list[str]]:
                 f"{path} begins with {start!r}: it is no checkpoint of nanoGPT or build-nanogpt (a zip, since PyTorch "
                 "1.6) and no model of llm.c; of a model of Hugging Face, name the directory"
             )
-        return model, own_tokenizer(model), notes
+        return model, gpt2_files(model), notes
     path = find_model(source)
     model = load_model(path)
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if too_large := [file for file in files if file.stat().st_size > MAX_JSON_BYTES]:
         raise UserError(f"{too_large[0]} has {too_large[0].stat().st_size} bytes, more than {MAX_JSON_BYTES}")
-    return model, {file.name: file.read_bytes() for file in files} or own_tokenizer(model), notes
+    return model, {file.name: file.read_bytes() for file in files} or gpt2_files(model), notes
 
 
-def own_tokenizer(model: GPT) -> dict[str, bytes]:
+def gpt2_files(model: GPT) -> dict[str, bytes]:
     """The files of GPT-2's tokenizer, where that is the model's."""
     if unpadded(model.config.vocab_size) != VOCAB_SIZE:
         return {}

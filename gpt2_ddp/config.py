@@ -22,7 +22,7 @@ class TrainConfig:
     config: Path | None = None
     """Flags from this TOML file, or from a run's config.json; those of the command line win."""
     model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SIZES) + "}")] = "gpt2"
-    """Size of the model: 124M, 350M, 774M and 1558M parameters, and three small ones."""
+    """Size of the model: 124M, 350M, 774M and 1558M parameters, distilgpt2 with 82M, and three small ones."""
     vocab_size: int | None = None
     """Rows of the token embedding; if not given, 50304 for GPT-2's tokens, for those of another tokenizer their number
     rounded up to a multiple of 128."""
