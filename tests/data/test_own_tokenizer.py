@@ -270,3 +270,13 @@ def test_convert_keeps_it(scene: Path, tmp_path: Path) -> None:
     assert own.name_in(tmp_path / "hf") == manifest(scene / "data")["tokenizer"]
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 0
     assert tokenizer_of_model(tmp_path / "hf").encode_ordinary(TEXTS[0])
+
+
+def test_what_is_not_byte_level_shows_its_tokens_one_by_one(tmp_path: Path) -> None:
+    words(10, "</s>").save(str(tmp_path / "tokenizer.json"))
+    tokenizer = own.own_tokenizer(tmp_path)
+    ids = tokenizer.encode_ordinary("w4 w5 w6")
+    assert tokenizer.decode_bytes(ids) == b"w4 w5 w6"
+    assert b"".join(tokenizer.decode_bytes([token]) for token in ids) == b" w4 w5 w6"
+    with pytest.raises(UserError, match="is not a byte-level tokenizer"):
+        tokenizer.decode_single_token_bytes(4)
