@@ -26,6 +26,10 @@ def chromium() -> str | None:
     return shutil.which("chromium")
 
 
+class Mouse(str):
+    """A JavaScript expression that gives what the mouse does: `[type, x, y]` each, as `MouseEvent` of DevTools has them."""
+
+
 @dataclass(kw_only=True)
 class Seen:
     """What became of a page at one width."""
@@ -41,7 +45,10 @@ class Seen:
 
 
 def look(page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bool = False) -> list[Seen]:
-    """The page at each width, after the JavaScript expressions `scripts`, one after the other; they may be promises."""
+    """The page at each width, after the JavaScript expressions `scripts`, one after the other; they may be promises.
+
+    Of one that is a `Mouse` the mouse does what it gives, on the part of the page that is seen.
+    """
     with tempfile.TemporaryDirectory(prefix="chromium") as profile:
         command = [str(chromium()), *FLAGS, OFFLINE, f"--user-data-dir={profile}", "about:blank"]
         with open(Path(profile) / "stderr", "wb") as stderr:
@@ -87,7 +94,11 @@ class _Tab:
         while await self._value("location.protocol + document.readyState") != "file:complete":
             await asyncio.sleep(0.1)
         for script in scripts:
-            self._seen.answers.append(await self._value(script))
+            answer = await self._value(script)
+            self._seen.answers.append(answer)
+            for kind, x, y in answer if isinstance(script, Mouse) else ():
+                button = "none" if kind == "mouseMoved" else "left"
+                await self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1)
             shot = await self._call("Page.captureScreenshot", captureBeyondViewport=True)
             self._seen.pictures.append(base64.b64decode(shot["data"]))
         own = (page.as_uri(), "data:", "about:")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from drivers.browser import Seen, chromium, look
+from drivers.browser import Mouse, Seen, chromium, look
 from PIL import Image
 from test_eval_plot import train_event
 from test_eval_report import EVENTS, WILD, page, written
@@ -32,6 +32,20 @@ HIDE = """document.querySelector('.legend button[value="run 0"]').click();
 new Promise((done) => setTimeout(() => done(Bokeh.documents[0].roots().flatMap((figure) => figure.renderers)
   .map((part) => [part.tags, part.visible])), 300))"""
 
+AT = """(step) => {
+  const [figure] = Bokeh.documents[0].roots();
+  const view = Bokeh.index.get_one(figure), box = view.el.getBoundingClientRect();
+  return [box.x + view.frame.x_scale.compute(step), box.y + view.frame.bbox.y_center];
+}"""
+"""Where the middle of the first figure is at a step, on the screen."""
+SETTLED = "new Promise((done) => setTimeout(done, 500))"
+TOLD = f"""{SETTLED}.then(() => {{
+  const within = (node) => [node, ...[...(node.shadowRoot?.querySelectorAll("*") ?? [])].flatMap(within)];
+  const shown = [...document.querySelectorAll("*")].flatMap(within).filter((node) => node.checkVisibility());
+  return shown.filter((node) => node.matches(".bk-Tooltip")).map((node) => node.shadowRoot.textContent);
+}})"""
+"""The texts beside the mouse."""
+RANGES = f"{SETTLED}.then(() => Bokeh.documents[0].roots().map(({{x_range}}) => [x_range.start, x_range.end]))"
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
@@ -84,3 +98,20 @@ def test_a_page_without_a_step_and_one_of_one_step_are_no_error(tmp_path: Path) 
     [seen] = look(tmp_path / "page.html", (400,), (READY,), touch=True)
     assert (seen.errors, seen.requests) == ([], [])
     assert "Training loss" in seen.answers[0]["figures"]
+
+
+def test_the_mouse_tells_values_and_zooms_into_steps_in_all_figures(tmp_path: Path) -> None:
+    page(tmp_path, written(tmp_path / "run"))
+    hover = Mouse(f"[['mouseMoved', ...({AT})(8)], ['mouseMoved', ...({AT})(9)]]")
+    drag = Mouse(
+        f"[['mousePressed', ...({AT})(5)], ['mouseMoved', ...({AT})(9)], ['mouseMoved', ...({AT})(15)], "
+        f"['mouseReleased', ...({AT})(15)]]"
+    )
+    [seen] = look(tmp_path / "page.html", (1280,), (READY, hover, TOLD, drag, RANGES))
+    assert (seen.errors, seen.requests) == ([], [])
+    _, _, told, _, ranges = seen.answers
+    loss = next(event["loss"] for event in EVENTS if event["event"] == "train" and event["step"] == 9)
+    assert any("step9" in "".join(text.split()).replace(":", "") and f"{loss:.5g}" in text for text in told), told
+    assert len(ranges) == 9
+    for start, end in ranges:
+        assert (start, end) == pytest.approx((5, 15), abs=0.3)
