@@ -126,8 +126,11 @@ class WeightsAndBiases:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Of the values of an event, those that a curve can be drawn of."""
-    return {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    """Of the values of an event, those that a curve can be drawn of; of a source of a mixture under its `data_dir`."""
+    found = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+    for source in values.get("sources", ()):
+        found |= {f"{source['data_dir']}/{key}": value for key, value in numbers(source).items()}
+    return found
 
 
 def kept_identity(file: Path) -> str:

@@ -55,9 +55,6 @@ ELSEWHERE = {
     "sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 launch/slurm.sbatch "
     "--config launch/gpt2_124m_8xa100.toml": "launch/test_slurm.py",
     "bash tests/gpu.sh": "end_to_end/test_gpu_kit.py",
-    "bash tests/lower_bounds.sh": "lower_bounds.sh",
-    ".venv/bin/python -m pytest -m slow": "checkpoint/test_killed.py",
-    ".venv/bin/python tests/soak.py --minutes 30 --seed 1": "end_to_end/test_soak.py",
 }
 """Where the others are run, with small models and local data in the place of downloads."""
 

@@ -44,7 +44,8 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     log = FileLog(tmp_path, resumed_step=0, boards=[tensorboard(tmp_path, resumed_step=0)])
     for step in (1, 2, 3):
         log.train(step_metrics(step, loss=10.0 - step))
-        log.event("val", step=step, val_loss=20.0 - step)
+        sources = [{"data_dir": "data/a", "val_loss": 3.0 + step}]
+        log.event("val", step=step, val_loss=20.0 - step, sources=sources)
     log.event("sample", step=3, text="of the step that is made again")
     log.close()
     log = FileLog(tmp_path, resumed_step=2, boards=[tensorboard(tmp_path, resumed_step=2)])
@@ -55,6 +56,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 9.0), (2, 8.0), (3, 0.5)]
     assert [(event.step, event.value) for event in events.Scalars("val/val_loss")] == [(1, 19.0), (2, 18.0)]
+    assert [event.value for event in events.Scalars("val/data/a/val_loss")] == [4.0, 5.0]
     assert "train/grad_norm" in events.Tags()["scalars"]
     assert not [tag for tag in events.Tags()["scalars"] if "data_hash" in tag]
     texts = shown_texts(tmp_path / "tensorboard")
