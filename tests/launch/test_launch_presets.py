@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from running import ROOT
@@ -80,3 +84,24 @@ def test_the_trainer_takes_the_preset(name: str) -> None:
     assert config.warmup_steps == (300 if model == "gpt2" else round(WARMUP_TOKENS / total_batch_size))
     watched = {"val_every": 250, "hellaswag_every": 250, "sample_every": 250, "val_tokens": 20 * 524_288}
     assert {field: getattr(config, field) for field in watched} == watched
+
+
+def test_a_sixteenth_of_the_seeds_curve_is_as_many_epochs(tmp_path: Path) -> None:
+    """A sixteenth of the text, none of it for validation, and of the batch."""
+    (tmp_path / "launch").mkdir()
+    for name in ("seed_convergence.sh", "find_python.sh"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
+    (tmp_path / "text.txt").write_text("A line of this text.\n" * 1600)
+    told = {"PART": "16", "TEXT": "text.txt", "LAUNCH_FLAGS": "--dry-run --cpu"}
+    shown = subprocess.run(
+        ["bash", "launch/seed_convergence.sh", "--seed", "7"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=os.environ | told | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    words = shlex.split(shown.stdout.splitlines()[-1])
+    config = parse_flags(words[words.index("gpt2_ddp.train") + 1 :])
+    assert (config.model, config.total_batch_size, config.max_steps, config.seed) == ("gpt2", 2048, 750, 7)
+    assert config.data_dir == Path("data/seed_convergence_16")
+    manifest = json.loads((tmp_path / config.data_dir / "manifest.json").read_text())
+    assert sum(shard["tokens"] for shard in manifest["shards"]) == 1 + 100 * 7  # lines of seven tokens
+    assert manifest["documents"]["val"] == 0
