@@ -27,7 +27,7 @@ def chromium() -> str | None:
 
 
 class Mouse(str):
-    """A JavaScript expression that gives what the mouse does: `[type, x, y]` each, as `MouseEvent` of DevTools has them."""
+    """A JavaScript expression of what the mouse does: `[type, x, y]` each, a `MouseEvent` of DevTools."""
 
 
 @dataclass(kw_only=True)
