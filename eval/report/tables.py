@@ -165,8 +165,9 @@ def starts(records: Sequence[Record]) -> str:
         for place, start in enumerate(record.starts, start=1):
             argv = start.get("argv")
             command = " ".join(map(str, argv)) if isinstance(argv, list) else ""
-            told = [cell(start[name]) if name in start else "" for name in ("step", "time", "host")]
-            program = [f"{name} {start[name]}" for name in ("python", "torch", "commit") if start.get(name)]
+            told = [cell(start[name]) if name in start else "" for name in ("step", "host")]
+            told.insert(1, cell(str(start.get("time", "")).replace("T", " ")))
+            program = [f"{name} {str(start[name])[:12]}" for name in ("python", "torch", "commit") if start.get(name)]
             dtype = str(start.get("dtype", "")).removeprefix("torch.")
             last = [cell(hardware(start)), cell(dtype), cell(", ".join(program)), f"<code>{cell(command)}</code>"]
             rows.append([f"{named(record)}, start {place}", *told, *last])

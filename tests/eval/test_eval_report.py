@@ -96,8 +96,8 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
     text = words(html)
     for told in (
         "stopped at step 20 of 20",
-        "one, start 1 0 2026-11-20T10:00:00+0000 node7 2 x a card float32 python 3.11, torch 2.13.0",
-        "one, start 2 10 2026-11-20T10:00:00+0000 node8 4 x a card",
+        "one, start 1 0 2026-11-20 10:00:00+0000 node7 2 x a card float32 python 3.11, torch 2.13.0",
+        "one, start 2 10 2026-11-20 10:00:00+0000 node8 4 x a card",
         "gpt2_ddp.train --seed=3",
         "1 restart, 1 skipped update, 1 spike",
         "step 10, validation loss 4.250 Language is young step 20, validation loss 4.250 Language is old & <wise>",
