@@ -19,8 +19,8 @@ fi
 types=$(mktemp)
 trap 'rm -f "$types"' EXIT
 nice mypy >"$types" 2>&1 &
-# Three at a time, for two cores: many tests wait.
-check python -m pytest -n 3 --dist worksteal -rs -m "not slow" "$@"
+# Four at a time, for two cores: many tests wait.
+check python -m pytest -n 4 --dist worksteal -rs -m "not slow" "$@"
 echo "== mypy, which ran beside the tests"
 wait $! || failed="$failed 'mypy'"
 cat "$types"

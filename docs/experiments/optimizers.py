@@ -40,11 +40,11 @@ RATES = ("1e-3", "2e-3", "4e-3")
 """The grid, the same for both. Under Muon the rest of the model, AdamW's share, takes the rate of the matrices."""
 BEYOND = {"1e-3": "5e-4", "5e-4": "2.5e-4", "2.5e-4": "1.25e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
 """What is run as well where the best rate is the first or the last of those that were."""
-SCHEDULES = ("linear", "cosine")
+SCHEDULES = ("linear", "wsd", "cosine")
 SHORTER = (75, 100, 150)
 """Steps of Muon's shorter runs, chosen when the grid was known: its best run of 500 passed AdamW's end at about 145."""
 TAIL = {"checkpoint_every": "20", "keep_checkpoints": "6"}
-"""Of the runs whose last weights are averaged: six checkpoints over the last 100 steps."""
+"""Of runs under wsd, whose last weights are averaged: six checkpoints over the last 100 steps."""
 Flags = dict[str, str]
 
 
@@ -53,6 +53,7 @@ def arm(optimizer: str, schedule: str, rate: str, *, steps: int = STEPS, seed: s
     flags = {"optimizer": optimizer, "schedule": schedule, "max-lr": rate, "max-steps": str(steps), "seed": seed}
     if optimizer == "muon":
         flags |= {"muon-lr": rate, "muon-momentum-warmup": "100"}
+    more = (TAIL if schedule == "wsd" else {}) | more
     return flags | {name.replace("_", "-"): value for name, value in more.items()}
 
 
@@ -120,7 +121,6 @@ def beside(best: dict[str, str]) -> Iterator[Flags]:
         for factor in (0.5, 2.0):  # AdamW's share, the tied embedding before all
             yield arm("muon", "linear", f"{float(muon) * factor:g}", muon_lr=muon)
     for optimizer, rate in best.items():
-        yield arm(optimizer, "wsd", rate, **TAIL)
         yield arm(optimizer, "linear", rate, beta2="0.99")
 
 
@@ -182,18 +182,25 @@ def average(data: Path, out: Path) -> int:
 
 
 def draw(out: Path, groups: dict[str, list[Flags]]) -> None:
+    """An optimizer's colour, a schedule's dashes; of Muon's shorter runs, thin, only the ends have a label."""
     import matplotlib.pyplot as plt
 
     out.mkdir(parents=True, exist_ok=True)
     _, axes = plt.subplots(figsize=(8, 5))
-    for number, (name, members) in enumerate(groups.items()):
+    for members in groups.values():
         for flags in members:
             found = events(out / name_of(flags), "val")
-            label = name if flags["seed"] == SEEDS[0] else None
-            axes.plot([e["step"] for e in found], [e["val_loss"] for e in found], f"C{number}", label=label, lw=1)
-    axes.set(xlabel="step", ylabel="validation loss")
+            steps, losses = [event["step"] for event in found], [event["val_loss"] for event in found]
+            optimizer, whole = {"adamw": "AdamW", "muon": "Muon"}[flags["optimizer"]], flags["max-steps"] == str(STEPS)
+            label = f"{optimizer}, {flags['schedule']}, {flags['max-lr']}" if flags is members[0] and whole else None
+            look = {"color": {"AdamW": "C0", "Muon": "C1"}[optimizer], "lw": 1.4 if whole else 0.7, "label": label}
+            axes.plot(steps, losses, {"linear": "-", "cosine": "--", "wsd": ":"}[flags["schedule"]], **look)
+            if not whole and flags is members[0] and losses:
+                axes.annotate(f"whole runs of {flags['max-steps']}", (steps[-1], losses[-1]), (-6, -14), fontsize=8,
+                              textcoords="offset points", ha="right")  # fmt: skip
+    axes.set(xlabel="step", ylabel="validation loss, nats a token", title="Three seeds of each")
     axes.legend()
-    plt.savefig(out / "curves.png", dpi=120)
+    plt.savefig(out / "curves.png", dpi=120, bbox_inches="tight")
 
 
 def main() -> int:

@@ -24,14 +24,20 @@ class StepProfiler:
         self._steps, self._directory, self._rank, self._device = steps, directory, rank, device
         self._profile: profile | None = None
 
+    def is_due(self, step: int) -> bool:
+        """Whether recording begins or ends before this step."""
+        return (self._profile is None) == (step in self._steps)
+
     def before(self, step: int, say: Callable[[str], None]) -> None:
         """Begin before the first of the steps, end before the one after the last."""
-        if self._profile is None and step in self._steps:
+        if not self.is_due(step):
+            return
+        if self._profile is None:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
             self._wait()
             self._profile = profile(activities=activities)
             self._profile.start()
-        elif self._profile is not None and step not in self._steps:
+        else:
             self.end(say)
 
     def end(self, say: Callable[[str], None]) -> None:

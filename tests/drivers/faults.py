@@ -26,6 +26,7 @@ from gpt2_ddp.checkpoint import files as checkpoint
 from gpt2_ddp.checkpoint import writer
 from gpt2_ddp.checkpoint.state import weights_and_moments
 from gpt2_ddp.data.loader import StepBatch, TrainData
+from gpt2_ddp.metrics import profiling
 from gpt2_ddp.optim import updates
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.speed import MatmulSpeed
@@ -66,6 +67,17 @@ def wait_to_go(run: Run, mark: str) -> None:
 
 def slow_steps(*, seconds: float) -> None:
     before_step(lambda *_: time.sleep(seconds))
+
+
+def slow_trace(*, seconds: float) -> None:
+    """It takes long to write."""
+    original = profiling.profile.export_chrome_trace
+
+    def export(self: profiling.profile, path: str) -> None:
+        time.sleep(seconds)
+        original(self, path)
+
+    profiling.profile.export_chrome_trace = export  # type: ignore[method-assign]
 
 
 def stop_after(*, step: int) -> None:
@@ -282,7 +294,7 @@ def elsewhere(*, rank: int) -> None:
 FAULTS = {
     fault.__name__: fault
     for fault in (
-        slow_steps, stop_after, hold, hold_save, kill, kill_in_save, non_finite, leave_out, spike, pass_over, flip_bit,
-        no_space, fill_disk, other_data, elsewhere, matmuls,
+        slow_steps, slow_trace, stop_after, hold, hold_save, kill, kill_in_save, non_finite, leave_out, spike,
+        pass_over, flip_bit, no_space, fill_disk, other_data, elsewhere, matmuls,
     )
 }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from drivers import warm
-from running import final_hashes
+from running import final_hashes, metrics
 
 from gpt2_ddp.config import TrainConfig
 
@@ -39,6 +39,11 @@ def test_the_steps_and_their_parts_are_in_the_trace_of_each_rank(
 def test_a_run_that_ends_within_the_steps_writes_those_that_were(data_dir: Path, tmp_path: Path) -> None:
     warm.train(tmp_path, data_dir, "--profile-steps", "12:99", "--total-batch-size", "16")
     assert parts(tmp_path / "profile" / "rank0.json.gz")[0]["forward"] == 1
+
+
+def test_a_trace_is_written_beside_the_steps(data_dir: Path, tmp_path: Path) -> None:
+    warm.train(tmp_path, data_dir, "--profile-steps", "3:4", faults={"slow_trace": {"seconds": 5}})
+    assert max(entry["step_ms"] for entry in metrics(tmp_path)) < 5000
 
 
 def test_without_the_flag_there_is_no_trace(shared_folder: Path, data_dir: Path) -> None:
