@@ -1,4 +1,4 @@
-"""`python -m data_prep {demo,text,hub,fineweb-edu,shakespeare,hellaswag} --out DIR`, and `inspect DIR`."""
+"""`python -m data_prep {demo,text,hub,fineweb-edu,shakespeare,hellaswag,train-tokenizer} --out DIR`, `inspect DIR`."""
 
 from __future__ import annotations
 

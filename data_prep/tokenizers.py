@@ -20,7 +20,7 @@ from .sources import Source
 
 FEWEST_TOKENS = 256 + 1
 """A byte each, and the end of a text."""
-INSTALL = 'this needs the tokenizers library: pip install "gpt2_ddp[tokenizers]"'
+INSTALL = 'this needs the tokenizers library: pip install -e ".[tokenizers]" in the checkout'
 
 
 def found_tokenizer(name: str) -> OwnTokenizer:

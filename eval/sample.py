@@ -21,8 +21,8 @@ class Sample(Computing):
     """Text that a model writes, as it comes. The same seed gives the same text."""
 
     model: tuple[str, ...]
-    """A run, a checkpoint, a Hugging Face directory, or a published name: gpt2, gpt2-medium, gpt2-large, gpt2-xl. Of
-    several, each writes on from the same prompt with the same seed, one under the other."""
+    """A run, a checkpoint, a Hugging Face directory, or a published name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    distilgpt2. Of several, each writes on from the same prompt with the same seed, one under the other."""
     prompt: str = ""
     """What the text begins with; nothing is the start of a document."""
     prompt_file: Path | None = None

@@ -59,7 +59,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for everything else."""
     muon_lr: float = 4e-3
-    """Muon's own --max-lr, in AdamW's units, as the sweep in docs/experiments.md chose it; the schedule is one."""
+    """Muon's own --max-lr, in AdamW's units, from the sweep in docs/experiments.md; it follows the same --schedule."""
     muon_momentum: float = 0.95
     """Muon's momentum (Nesterov's)."""
     muon_momentum_warmup: int = 300
@@ -107,7 +107,7 @@ class TrainConfig:
     """Steps between two readings of how busy processor, memory, disk and, with the extra [gpu], GPUs are; 0 is never.
     They are the event `system` of metrics.jsonl, on rank 0's node."""
     checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step always saves one."""
+    """Steps between two checkpoints; 0 is never, but the last step and a stop always save one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep; 0 keeps all."""
 

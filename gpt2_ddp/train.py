@@ -48,8 +48,7 @@ def train(run: Run) -> str:
     timer = StepTimer(run.context.device)
     stopping = False
     while state.step < config.max_steps and not stopping:
-        with timer.paused(due=run.profiler.is_due(state.step + 1)):
-            run.profiler.before(state.step + 1, run.log.say)
+        run.profiler.before(state.step + 1, run.log.say, timer)
         with record_function("data"):
             batch = run.data.next()
         result = train_step(run, batch)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv and install the project with the tested versions: bash launch/setup.sh [EXTRA,...]
-# Does nothing where that was done with the same setup.cfg and constraints. $PYTHON chooses another python3.
+# Does nothing where that was done with the same setup.cfg and constraints. $PYTHON chooses another python3 for a new .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-offline,plot,report}

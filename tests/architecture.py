@@ -151,7 +151,7 @@ def drawn() -> str:
             arrows = Counter(room(other) for module in modules for other in imported(module))
             own = arrows.pop(name, 0)
             below = ", ".join(
-                f"{other} {count}" for other, count in sorted(arrows.items(), key=lambda arrow: -arrow[1])
+                f"{other} {count}" for other, count in sorted(arrows.items(), key=lambda arrow: (-arrow[1], arrow[0]))
             )
             lines.append(f"| {name} | {len(modules)} | {sum(map(code_lines, modules))} | {own} | {below} |")
     path = path_to_a_checkpoint()

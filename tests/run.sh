@@ -17,12 +17,13 @@ if [ -n "$failed" ]; then
   echo "== failed:$failed; the tests follow"
 fi
 types=$(mktemp)
-trap 'rm -f "$types"' EXIT
 nice mypy >"$types" 2>&1 &
+mypy=$!
+trap 'kill $mypy 2>/dev/null || true; rm -f "$types"' EXIT
 # Four at a time, for two cores: many tests wait.
 check python -m pytest -n 4 --dist worksteal -rs -m "not slow" "$@"
 echo "== mypy, which ran beside the tests"
-wait $! || failed="$failed 'mypy'"
+wait $mypy || failed="$failed 'mypy'"
 cat "$types"
 if [ -n "$failed" ]; then
   echo "== failed:$failed"

@@ -120,12 +120,13 @@ def beside(best: dict[str, str]) -> Iterator[Flags]:
         yield arm("muon", "linear", muon, muon_momentum_warmup="0")
         for factor in (0.5, 2.0):  # AdamW's share, the tied embedding before all
             yield arm("muon", "linear", f"{float(muon) * factor:g}", muon_lr=muon)
+        yield arm("muon", "linear", "6e-4", muon_lr=muon)  # the trainer's own default
     for optimizer, rate in best.items():
         yield arm(optimizer, "linear", rate, beta2="0.99")
 
 
 def train(flags: Flags, data: Path, out: Path) -> int:
-    """One run in a process of one thread, which answers 2 where another one is at it."""
+    """One run in a process of one thread; 2 is what is wrong, as that another one is at it."""
     given = COMMON | flags
     command = [sys.executable, "-m", "gpt2_ddp.train", *(part for key in given for part in (f"--{key}", given[key]))]
     command += ["--data-dir", str(data), "--out-dir", str(out / name_of(flags))]
@@ -143,7 +144,7 @@ def run(data: Path, out: Path) -> int:
         print(name_of(waiting[0]), flush=True)
         if (status := train(waiting[0], data.resolve(), out.resolve())) not in (0, 2):
             return status
-    return 0
+    return 0 if any(final_loss(out, flags) is not None for flags in stages(out)) else 2
 
 
 def tell(out: Path) -> int:
@@ -167,9 +168,10 @@ def average(data: Path, out: Path) -> int:
     """The validation loss of the mean of the last checkpoints of each run that kept them, beside that of its end."""
     from safetensors.torch import load_file, save_file
 
-    for run in sorted(out.glob("*checkpoint-every*")):
+    data, out = data.resolve(), out.resolve()
+    for run in sorted(path for path in out.glob("*checkpoint-every*") if path.is_dir()):
         files = sorted(run.glob("checkpoints/step_*/model.safetensors"))
-        for count in (2, 3, 6):
+        for count in (1, 2, 3, 6):
             weights = [load_file(file) for file in files[-count:]]
             mean = {name: sum(each[name].double() for each in weights).div(count).float() for name in weights[0]}
             folder = out / "averages" / f"{run.name}_{count}"

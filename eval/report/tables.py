@@ -133,10 +133,11 @@ def settings(record: Record) -> dict[str, Any]:
 
 
 def differences(records: Sequence[Record]) -> str:
-    """The settings in which the runs differ; nothing for a single run."""
+    """The settings in which the runs differ, those aside of where they lie; nothing for a single run."""
     if len(records) < 2:
         return ""
     rows = [row for row in _settings(records, lambda _, value: cell(value)) if len(set(row[1:])) > 1]
+    rows = [row for row in rows if row[0] not in ("out_dir", "resume", "config")]
     return table(["", *map(named, records)], rows) or "<p>nothing: the runs were told the same</p>"
 
 

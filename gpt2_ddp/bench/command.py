@@ -174,7 +174,7 @@ def require_places(bench: Bench) -> None:
         require_writable(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
     if bench.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError('--plot needs matplotlib: pip install "gpt2_ddp[plot]"')
+        raise UserError('--plot needs matplotlib: pip install -e ".[plot]" in the checkout')
 
 
 def compare_choices(shapes: Shapes, device: torch.device, repeats: int) -> list[Outcome]:

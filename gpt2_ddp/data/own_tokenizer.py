@@ -123,7 +123,9 @@ def own_tokenizer(place: Path, eot: int | None = None) -> OwnTokenizer:
     try:
         found = OwnTokenizer(file.read_bytes(), eot or 0)
     except ImportError:
-        raise UserError(f'{file} needs the tokenizers library: pip install "gpt2_ddp[tokenizers]"') from None
+        raise UserError(
+            f'{file} needs the tokenizers library: pip install -e ".[tokenizers]" in the checkout'
+        ) from None
     except Exception as error:  # the library raises Exception itself
         raise UserError(f"{file} is no file of the tokenizers library ({' '.join(str(error).split())[:200]})") from None
     if found.n_vocab > MOST_TOKENS:

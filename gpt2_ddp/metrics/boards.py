@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 QUEUE_LENGTH = 10_000
-"""Events that a slow board may be behind; it misses those after."""
+"""Events that a slow board may be behind; one that is further behind is given up for the rest of the run."""
 CLOSING_SECONDS = 30.0
 """How long a board may take at the end to show what it has been given."""
 
@@ -161,7 +161,11 @@ class Aside:
             self._board = make()
         except Exception as error:  # a library's own kinds
             said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            extra = f'; pip install "gpt2_ddp[{flag.strip("-")}]"' if isinstance(error, ImportError) else f"; {mend}"
+            extra = (
+                f'; pip install -e ".[{flag.strip("-")}]" in the checkout'
+                if isinstance(error, ImportError)
+                else f"; {mend}"
+            )
             raise UserError(f"{flag}: {said}{extra}") from error
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # signal handlers may put too
         self._failed = threading.Event()

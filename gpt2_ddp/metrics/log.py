@@ -1,4 +1,4 @@
-"""What a run says: a line on the console, a line of metrics.jsonl, TensorBoard; and silence on the other ranks."""
+"""What a run says: a line on the console, a line of metrics.jsonl, boards; and silence on the other ranks."""
 
 from __future__ import annotations
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from gpt2_ddp.metrics.timer import StepTimer
+
 ROWS = 20
 """Of the table."""
 
@@ -24,33 +26,32 @@ class StepProfiler:
         self._steps, self._directory, self._rank, self._device = steps, directory, rank, device
         self._profile: profile | None = None
 
-    def is_due(self, step: int) -> bool:
-        """Whether recording begins or ends before this step."""
-        return (self._profile is None) == (step in self._steps)
-
-    def before(self, step: int, say: Callable[[str], None]) -> None:
-        """Begin before the first of the steps, end before the one after the last."""
-        if not self.is_due(step):
+    def before(self, step: int, say: Callable[[str], None], timer: StepTimer) -> None:
+        """Begin before the first of the steps, end before the one after the last, in the time of neither."""
+        if (self._profile is not None) == (step in self._steps):
             return
-        if self._profile is None:
+        with timer.paused(due=True):
+            if self._profile is not None:
+                self.end(say)
+                return
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
-            self._wait()
             self._profile = profile(activities=activities)
             self._profile.start()
-        else:
-            self.end(say)
 
     def end(self, say: Callable[[str], None]) -> None:
-        """Write what was recorded, also where the run ends within the steps. A disk that refuses it ends no run."""
+        """Write what was recorded, also where the run ends within the steps.
+
+        A disk that refuses it ends no run, nor does a device that has failed: of that the run tells itself.
+        """
         recorded, self._profile, self._steps = self._profile, None, range(0)
         if recorded is None:
             return
-        self._wait()
-        recorded.stop()
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        say(recorded.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50))
         path = self._directory / f"rank{self._rank}.json.gz"
         try:
+            self._wait()
+            recorded.stop()
+            say(recorded.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=50))
             path.parent.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))
         except (OSError, RuntimeError) as error:

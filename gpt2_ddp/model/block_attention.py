@@ -22,7 +22,7 @@ class BlockAttention(torch.autograd.Function):
     gradients. Forward that is the greatest score of each query, for which the scores are computed twice. Backward, the
     logarithm of a weight that counts lies between -log(n), for n keys alike, and 0, for one alone; the middle is moved
     to zero, to a power of two, so that queries' gradients take the factor back without rounding. Errors are at most
-    twice those of PyTorch's own kernel, which keeps scores and their gradients in float32 (tests/test_kernels.py).
+    twice those of PyTorch's own kernel, which keeps scores and gradients in float32 (tests/model/test_kernels.py).
     """
 
     @staticmethod

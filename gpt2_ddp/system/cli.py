@@ -1,7 +1,7 @@
 """How every command of the project reads its flags, speaks and ends.
 
 Exit status: 0 done; 75 stopped cleanly without torchrun; 2 for what the user got wrong, told in one line on
-stderr; 1 for anything else, with its traceback.
+stderr; 128 + N where signal N left no time to save; 1 for anything else, with its traceback.
 
 What is written for eyes never decides how a command ends: `console.speak_safely`.
 """

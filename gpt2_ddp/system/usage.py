@@ -41,7 +41,7 @@ class Usage:
 
             nvml.nvmlInit()
         except ImportError:
-            tell('warning: --system-every: GPUs are left out: pip install "gpt2_ddp[gpu]"')
+            tell('warning: --system-every: GPUs are left out: pip install -e ".[gpu]" in the checkout')
         except Exception as error:  # of a driver that is not NVIDIA's, or another version
             self._tell("GPUs", error)
         else:

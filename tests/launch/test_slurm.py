@@ -25,11 +25,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def submit(cluster: SlurmCluster, tmp_path: Path, data_dir: Path) -> Callable[..., str]:
-    """Submits the trainer on both nodes, into `tmp_path`/run; gives the job's id."""
+    """Submits the trainer on both nodes, into `tmp_path`/run, as a file says; gives the job's id."""
+    (tmp_path / "run.toml").write_text(f'out-dir = "{tmp_path}/run"\ndata-dir = "{data_dir}"\n')
 
     def submitted(*flags: str, time: str = "60", asked: tuple[str, ...] = ("--nodes=2", "--cpus-per-task=1")) -> str:
         small = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
-        places = ["--out-dir", tmp_path / "run", "--data-dir", data_dir]
+        places = ["--config", tmp_path / "run.toml"]
         own = [*asked, f"--output={tmp_path}/log", f"--time={time}"]
         command = ["sbatch", "--parsable", *own, ROOT / "launch" / "slurm.sbatch", *small, *places, *flags]
         return cluster.run(*command, cwd=ROOT)

@@ -135,7 +135,7 @@ def test_without_the_extra_gpus_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert [found.keys() for found in read_gpus(tmp_path, monkeypatch, None)] == [MACHINE, MACHINE]
-    said = 'warning: --system-every: GPUs are left out: pip install "gpt2_ddp[gpu]"\n'
+    said = 'warning: --system-every: GPUs are left out: pip install -e ".[gpu]" in the checkout\n'
     assert capfd.readouterr().err == said
 
 
