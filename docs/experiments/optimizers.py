@@ -41,8 +41,8 @@ RATES = ("1e-3", "2e-3", "4e-3")
 BEYOND = {"1e-3": "5e-4", "5e-4": "2.5e-4", "2.5e-4": "1.25e-4", "4e-3": "8e-3", "8e-3": "1.6e-2"}
 """What is run as well where the best rate is the first or the last of those that were."""
 SCHEDULES = ("linear", "wsd", "cosine")
-SHORTER = (75, 100, 150)
-"""Steps of Muon's shorter runs, chosen when the grid was known: its best run of 500 passed AdamW's end at about 145."""
+SHORTER = (75, 100, 150, 200)
+"""Steps of Muon's shorter runs, chosen when the grids were known: around those at which it comes to AdamW's ends."""
 TAIL = {"checkpoint_every": "20", "keep_checkpoints": "6"}
 """Of runs under wsd, whose last weights are averaged: six checkpoints over the last 100 steps."""
 Flags = dict[str, str]
