@@ -152,8 +152,8 @@ class TrainConfig:
                      "system_every", "checkpoint_every", "keep_checkpoints", "skip_limit", "spike_guard", "spike_limit",
                      "check_ranks_every", "max_lr", "min_lr", "muon_lr", "muon_momentum_warmup", "muon_weight_decay",
                      "weight_decay", "grad_clip", "seed"):  # fmt: skip
-            if not 0 <= (getattr(self, name) or 0) < math.inf:  # refuses nan too
-                faults.append(f"{flag(name)} {getattr(self, name)} must be 0 or a positive number")
+            if not 0 <= (getattr(self, name) or 0) < 2**64:  # refuses nan too, and seeds that PyTorch does not take
+                faults.append(f"{flag(name)} {getattr(self, name)} must be 0 or a positive number, less than 2^64")
         for name in ("dropout", "beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{flag(name)} {getattr(self, name)} must be at least 0 and below 1")

@@ -73,7 +73,7 @@ def is_due(run: Run, *every: int) -> bool:
 def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
     """Log the step just done. The only place where a training step waits for the device."""
     config, state, cuda = run.config, run.state, run.context.device.type == "cuda"
-    steps = state.step % config.log_every or config.log_every
+    waited, steps = run.data.waited()
     seconds = timer.restart() / steps
     tokens_per_sec = config.total_batch_size / seconds
     peak = peak_flops(run.hardware, run.precision.dtype)
@@ -85,7 +85,7 @@ def log_step(run: Run, result: StepResult, timer: StepTimer) -> None:
             lr=result.lr,
             grad_norm=float(result.grad_norm),
             step_ms=round(seconds * 1000, 3),
-            data_wait_ms=round(run.data.waited() / steps * 1000, 3),
+            data_wait_ms=round(waited / steps * 1000, 3),
             tokens_per_sec=round(tokens_per_sec, 2),
             mfu=round(flops / (peak * run.context.world_size), 4) if peak else None,
             tokens_seen=state.tokens_seen,

@@ -161,8 +161,8 @@ def run_training(config: TrainConfig) -> int:
             run.log.event("start", step=run.state.step, world_size=context.world_size, dtype=str(run.precision.dtype))
             run.log.status("running", step=run.state.step)
             stop.at_end(lambda state, why: run.log.status(state, step=run.state.step, **why))
-            if config.spike_guard and run.state.step == 0:
-                save(run)  # what a spike before the first checkpoint goes back to
+            if config.spike_guard and not (run.writer.directory / step_name(run.state.step)).exists():
+                save(run)  # what a spike before the next checkpoint goes back to
             stop.started()
             outcome = train(run)
             finish(run, outcome)

@@ -23,7 +23,7 @@ from gpt2_ddp.model.huggingface import load_model
 from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.optim.updates import SkipCount, zero_gradients
 from gpt2_ddp.system.allocator import keep_freed_memory
-from gpt2_ddp.system.precision import Precision, allow_tf32
+from gpt2_ddp.system.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,6 @@ def make(settled: Settled, context: DistContext, held: ExitStack) -> Made:
         OneRankError: where a micro-batch does not fit into a GPU's memory. (A compiler that fails is told, and left.)
     """
     config, plan, precision = settled.config, settled.plan, settled.precision
-    allow_tf32()
     model, optimizer = start_model(config, context, settled.found, settled.weights, precision.dtype)
     state = TrainState(
         skips=SkipCount(context.device),
@@ -82,7 +81,7 @@ def start_model(
     if found.path is None:
         context.broadcast_tensors(dict(model.named_parameters()))
     model.activation_checkpointing = config.activation_checkpointing
-    return model, optimizer_rule(config).make(model, context, dtype)
+    return model, context.run_on_all(lambda: optimizer_rule(config).make(model, context, dtype))
 
 
 def start_weights(config: TrainConfig, found: Found, weights: Path | None, context: DistContext) -> GPT:
@@ -108,7 +107,6 @@ def wrapped_and_warm(model: nn.Module, context: DistContext, plan: BatchPlan, pr
     """
     if context.world_size == 1:
         return model
-    torch._dynamo.config.optimize_ddp = False  # it cuts graphs where buckets end, and a block is small enough
     wrapped = wrap(model, context)
     with fitting(plan):
         for _ in range(2):  # the buckets are ordered anew when the second pass begins

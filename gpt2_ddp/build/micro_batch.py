@@ -131,8 +131,9 @@ def micro_batches(sequences_per_step: int, world_size: int) -> list[int]:
         UserError: where the ranks do not divide a step.
     """
     share, rest = divmod(sequences_per_step, world_size)
-    if rest:
-        raise UserError(f"{sequences_per_step} sequences a step do not divide by {world_size} ranks")
+    if rest or not share:
+        told = f"{sequences_per_step} sequences a step do not divide by {world_size} ranks"
+        raise UserError(f"{told}: choose --total-batch-size as a multiple of --sequence-length times the ranks")
     return [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
 
 

@@ -50,7 +50,7 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         stop=stop,
         watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),
         state=state,
-        tokenizer=saved_tokenizer(config.data_dir) if context.is_main else None,
+        tokenizer=context.run_on_all(lambda: saved_tokenizer(config.data_dir) if context.is_main else None),
     )
 
 

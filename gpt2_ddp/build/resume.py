@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from gpt2_ddp.build.prolonging import branch_to_prolong, put_finished_aside, rate_jump
 from gpt2_ddp.checkpoint.choice import checkpoints, named, newest_good, set_aside
@@ -16,8 +22,42 @@ from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 from gpt2_ddp.system.precision import DTYPES
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+"""Of the starts in config.json."""
 FIXED_FIELDS = ("model", "vocab_size", "seed", "sequence_length", "total_batch_size", "optimizer")
 """What must not change within a run, beside the data itself."""
+
+
+def settle_resume(config: TrainConfig) -> TrainConfig:
+    """`config`, with `auto` where this start goes on with what an earlier one with this `--resume` began.
+
+    So does the same command where `--resume` names a checkpoint: what was trained since counts. Under `never`, which is
+    to refuse what an earlier command left, so does only a restart by this torchrun, or a job that was queued again.
+    """
+    file = config.out_dir / "config.json"
+    if config.resume == "auto" or not file.exists():
+        return config
+    starts = read_json(file).get("starts")
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    if not isinstance(last, dict) or last.get("argv") != sys.argv:
+        return config
+    if config.resume == "never":
+        goes_on = was_restarted(str(last.get("time")))
+    else:
+        goes_on = bool(checkpoints(config.out_dir / "checkpoints"))
+    return replace(config, resume="auto") if goes_on else config
+
+
+def was_restarted(time_of_start: str) -> bool:
+    """Whether the start at this time, as config.json has it, was of this torchrun or SLURM job as well."""
+    by_slurm, by_torchrun = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    if by_torchrun == "0":
+        return by_slurm != "0"
+    torchrun = psutil.Process(os.getppid())
+    try:
+        return torchrun.create_time() < datetime.strptime(time_of_start, TIME_FORMAT).timestamp() + 1
+    except ValueError:
+        return by_slurm != "0"
 
 
 def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
@@ -74,7 +114,9 @@ def saved_dtype(config: TrainConfig, device_type: str) -> str | None:
     None where there is no such run, or where it computed on another kind of device: what is fast there says nothing.
     Nor where its config.json cannot be read, which for another run's is no reason to refuse its checkpoint.
     """
-    run_dir = config.out_dir if config.resume == "auto" else Path(config.resume).resolve().parent.parent
+    given = Path(config.resume).resolve()
+    above = [path for path in (given, given.parent, given.parent.parent) if (path / "config.json").is_file()]
+    run_dir = config.out_dir if config.resume == "auto" or not above else above[-1]
     file = run_dir / "config.json"
     try:
         starts = read_json(file).get("starts") if config.resume != "never" and file.exists() else None

@@ -14,7 +14,7 @@ from gpt2_ddp.build.by_manifest import settle_validation, settle_vocabulary
 from gpt2_ddp.build.compiling import compiles
 from gpt2_ddp.build.evaluations import Yardsticks, find_yardsticks, make_evaluations
 from gpt2_ddp.build.micro_batch import settle_micro_batch
-from gpt2_ddp.build.resume import find_resume, saved_dtype
+from gpt2_ddp.build.resume import find_resume, saved_dtype, settle_resume
 from gpt2_ddp.build.rules import optimizer_rule
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
@@ -34,7 +34,7 @@ from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
-from gpt2_ddp.system.precision import Precision, choose_dtype
+from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype
 from gpt2_ddp.system.speed import measure_speed
 
 ENDING_SECONDS = 10.0
@@ -79,12 +79,13 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
     """
     hardware = found_hardware(context.device)
     manifests = context.run_on_main(lambda: read_manifests(config.data_dir))
-    config = settle_vocabulary(config, manifests)
+    config = settle_vocabulary(settle_resume(config), manifests)
     config, said_of_validation = settle_validation(config, manifests)
     dtype, said_of_dtype = settle_dtype(config, context, hardware)
     precision = Precision.of(dtype, context.device)
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
+    allow_tf32()  # before a micro-batch is tried out: what is compiled depends on it
     compiled = compiles(config, hardware)
     config = settle_micro_batch(config, context, precision, compiled=compiled)
     plan = context.run_on_all(lambda: plan_batches(config, context.world_size))

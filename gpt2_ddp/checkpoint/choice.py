@@ -81,7 +81,7 @@ def prune(directory: Path, keep: int, *, beside: int | None = None) -> None:
         if beside is not None and path.name == step_name(beside):
             continue
         if len(good) == keep:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # of what is open on NFS something stays, until the next save
         elif faults(path):
             set_aside(path, "broken")
         else:

@@ -36,7 +36,7 @@ class StepBatch:
 
     def micro_batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets, each (micro_batch_size, sequence_length), of one micro-step after the other."""
-        tokens = self.tokens.to(device, non_blocking=True)
+        tokens = self.tokens.to(device, non_blocking=device.type == "cuda")  # elsewhere it is not pinned
         for micro_batch in tokens:
             yield micro_batch[:, :-1], micro_batch[:, 1:]
 
@@ -50,7 +50,7 @@ class TrainData:
         self.windows, self.plan, self.rank, self.seed = windows, plan, rank, seed
         self.pin_memory = device.type == "cuda"
         self._next_step = first_step
-        self._waited = 0.0
+        self._waited, self._given = 0.0, 0
         # a new thread's GPU is number 0, by way of which it would pin memory
         choose = partial(torch.cuda.set_device, device) if self.pin_memory else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=choose)
@@ -85,12 +85,12 @@ class TrainData:
                 raise OneRankError(line) from error
             raise
         finally:
-            self._waited += time.perf_counter() - start
+            self._waited, self._given = self._waited + time.perf_counter() - start, self._given + 1
 
-    def waited(self) -> float:
-        """Seconds that `next` has waited for the reader since the last call of this."""
-        seconds, self._waited = self._waited, 0.0
-        return seconds
+    def waited(self) -> tuple[float, int]:
+        """Seconds that `next` has waited for the reader since the last call of this, and the batches it gave."""
+        since, self._waited, self._given = (self._waited, self._given), 0.0, 0
+        return since
 
     def seek(self, step: int) -> None:
         """Go on with the data of `step`; what was read ahead is dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -87,7 +88,7 @@ class DistContext(Place):
         value, error = None, None
         try:
             value = make()
-        except (ValueError, OSError) as caught:
+        except (ValueError, OSError, torch.OutOfMemoryError) as caught:
             error = caught
         told = self.gather(str(error) if error else None)
         if error:
@@ -154,7 +155,8 @@ def require_same_tensors(mine: Sequence[str], theirs: Sequence[str]) -> None:
 def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
     """The `DistContext` of this process: from torchrun's environment, or of a single process where there is none.
 
-    NCCL carries what lies on a GPU, gloo what lies in main memory. The group is always destroyed.
+    NCCL carries what lies on a GPU, gloo what lies in main memory. The group is destroyed in the end, NCCL's not after
+    an error, of which the other ranks may know nothing.
 
     Raises:
         UserError: where the environment is not that of a single process or of torchrun, or the device is not there.
@@ -169,12 +171,13 @@ def open_context(requested_device: str = "auto") -> Iterator[DistContext]:
         return
     shared, prefix = meet(place)
     store = dist.PrefixStore(prefix, shared)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
+    backend = "cpu:gloo,cuda:nccl" if bound else "gloo"
     dist.init_process_group(
         backend, store=store, rank=place.rank, world_size=place.world_size, timeout=START_TIMEOUT, device_id=bound
     )
     try:
         yield replace(context, store=dist.PrefixStore(prefix, shared.clone()))  # type: ignore[attr-defined]
     finally:
-        dist.destroy_process_group()
+        if bound is None or sys.exc_info()[0] is None:  # NCCL's is collective: a rank that fails alone would wait in it
+            dist.destroy_process_group()

@@ -37,6 +37,6 @@ class StepTimer:
 
     def _settled(self) -> float:
         """The time at which the device has done what it was given."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
         return time.perf_counter()

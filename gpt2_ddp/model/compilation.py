@@ -22,6 +22,7 @@ class CompiledGPT(nn.Module):
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
+        torch._dynamo.config.optimize_ddp = False  # it cuts graphs where DDP's buckets end; a block is small enough
         # Static shapes: the compiler would answer the head's shorter last chunk by kernels for any number of rows.
         self._run_block = torch.compile(run_block, dynamic=False)
         self._loss_and_gradient = torch.compile(chunk_loss_and_gradient, dynamic=False)

@@ -78,6 +78,7 @@ def test_help_tells_every_flag_with_its_meaning_and_default() -> None:
 
 def test_all_faults_are_told_at_once_in_one_line() -> None:
     wrong = ["--sequence-length", "2048", "--max-steps", "0", "--dropout", "1", "--warmup-steps", "-1", "--beta2", "1"]
+    wrong += ["--seed", str(2**64)]
     with pytest.raises(ValueError, match="2048") as refused:
         parsed(*wrong)
     message = str(refused.value)
@@ -88,6 +89,7 @@ def test_all_faults_are_told_at_once_in_one_line() -> None:
         "--dropout 1.0 must be at least 0 and below 1",
         "--warmup-steps -1 must be 0 or a positive number",
         "--beta2 1.0",
+        f"--seed {2**64} must be 0 or a positive number, less than 2^64",
     ):
         assert phrase in message
 

@@ -18,7 +18,14 @@ from torch import nn
 
 from gpt2_ddp.build import build_run
 from gpt2_ddp.build.compiling import compiled_or_not
-from gpt2_ddp.build.micro_batch import Trial, choose_micro_batch, first_running, largest_fitting, require_fit
+from gpt2_ddp.build.micro_batch import (
+    Trial,
+    choose_micro_batch,
+    first_running,
+    largest_fitting,
+    micro_batches,
+    require_fit,
+)
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
@@ -180,3 +187,10 @@ def test_a_micro_batch_that_does_not_fit_is_the_users_mistake(monkeypatch: pytes
     plan = BatchPlan(micro_batch_size=64, sequence_length=8, total_batch_size=512)
     with pytest.raises(ValueError, match=r"micro-batch of 64 sequences does not fit .* --activation-checkpointing"):
         compiled_or_not(DistContext(), plan, Precision.of(torch.float32, torch.device("cpu")), GPT(WIDE))
+
+
+def test_a_step_of_no_sequence_names_the_flag() -> None:
+    with pytest.raises(
+        ValueError, match="0 sequences a step do not divide by 1 ranks: choose --total-batch-size as a mul"
+    ):
+        micro_batches(0, 1)

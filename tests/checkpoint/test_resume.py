@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
 from gpt2_ddp.build.prolonging import rate_jump
+from gpt2_ddp.build.resume import TIME_FORMAT, saved_dtype, was_restarted
 from gpt2_ddp.build.settling import require_room
 from gpt2_ddp.checkpoint.choice import named
 from gpt2_ddp.config import TrainConfig
@@ -53,6 +56,55 @@ def test_its_own_run_directory(clean: Path, data_dir: Path, tmp_path: Path) -> N
     assert f"from {checkpoint(out_dir, 8)} at step 8" in done.stdout
     assert final_hashes(out_dir) == final_hashes(clean)
     assert [entry["step"] for entry in metrics(out_dir)] == list(range(1, 13))
+
+
+def test_the_same_command_goes_on_from_what_it_has_trained(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    """And another one begins at the checkpoint that it names."""
+    out_dir, flag = tmp_path / "run", f"--resume={checkpoint(clean, 4)}"
+    warm.train(out_dir, data_dir, flag, faults={"stop_after": {"step": 7}}, status=75)
+    done = warm.train(out_dir, data_dir, flag)
+    assert f"resuming {out_dir} from {checkpoint(out_dir, 7)} at step 7" in done.stdout
+    assert final_hashes(out_dir) == final_hashes(clean)
+    done = warm.train(out_dir, data_dir, flag, "--max-lr", "2e-3")
+    assert f"resuming {out_dir} from {checkpoint(clean, 4)} at step 4" in done.stdout
+
+
+def test_the_time_of_a_step_is_that_of_the_steps_that_were_made(data_dir: Path, tmp_path: Path) -> None:
+    """A start in the midst of --log-every makes fewer until it logs."""
+    slow: dict[str, Any] = {"slow_steps": {"seconds": 0.2}}
+    warm.train(tmp_path, data_dir, "--log-every=4", faults={"stop_after": {"step": 7}}, status=75)
+    warm.train(tmp_path, data_dir, "--log-every=4", "--max-steps=8", faults=slow)
+    assert metrics(tmp_path)[-1]["step_ms"] >= 200
+
+
+def test_never_is_for_old_runs_and_not_for_restarts(data_dir: Path, tmp_path: Path) -> None:
+    """A restart by torchrun, and a job that SLURM queued again, go on; the command by hand is refused."""
+    out_dir = tmp_path / "run"
+    killed = {"kill": {"steps": [6], "when_saved": True}}
+    argv = warm.flags(out_dir, data_dir, "--resume", "never")
+    assert warm.start_forked(argv, faults=killed).wait().returncode == -signal.SIGKILL
+    refused = warm.start_forked(argv).wait()
+    assert (refused.returncode, "holds a run and --resume is never" in refused.stderr) == (2, True)
+    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        other = warm.start_forked([*argv, "--max-lr=3"], env={variable: "1"}).wait()
+        assert other.returncode == 2, variable
+        done = warm.start_forked(argv, env={variable: "1"}).wait()
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_torchrun_that_began_later_made_none_of_the_starts_before() -> None:
+    now = datetime.now().astimezone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert was_restarted(now.strftime(TIME_FORMAT))
+        assert not was_restarted((now - timedelta(days=900)).strftime(TIME_FORMAT))
+        assert not was_restarted("yesterday")
+
+
+def test_the_number_format_of_a_run_is_kept_whatever_names_it(clean: Path, tmp_path: Path) -> None:
+    for place in (clean, clean / "checkpoints", checkpoint(clean, 4)):
+        assert saved_dtype(TrainConfig(resume=str(place), out_dir=tmp_path), "cpu") == "float32"
+    assert saved_dtype(TrainConfig(resume=str(tmp_path), out_dir=tmp_path), "cpu") is None
 
 
 def test_a_path_with_no_good_checkpoint_says_what_to_give(clean: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import time
@@ -18,7 +20,8 @@ from running import checkpoint, final_hashes, metrics, status, wait_until
 from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint import writer as saver
-from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.checkpoint.choice import prune
+from gpt2_ddp.checkpoint.files import faults, write_checkpoint
 from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.huggingface import to_hf
 
@@ -72,6 +75,21 @@ def test_a_save_that_fails_is_said_and_the_next_one_tried(clean: Path, data_dir:
     assert saved(tmp_path / "run") == ["step_00000004", "step_00000012"]
     assert final_hashes(tmp_path / "run") == final_hashes(clean)
     assert [entry["step"] for entry in metrics(tmp_path / "run", "checkpoint")] == [4, 12]
+
+
+def test_an_old_checkpoint_that_cannot_go_is_no_failed_save(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process has a file of it open on NFS."""
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path / f"step_{step:08d}", {"config.json": b"{}"})
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    prune(tmp_path, 2)
+    assert [faults(tmp_path / name) == [] for name in ("step_00000002", "step_00000003")] == [True, True]
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["finished", "stopped"])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from drivers import warm
 from running import ROOT, SMALL, python, run, train_command
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2_ddp.data.order import permute
+from gpt2_ddp.distributed import context
 from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.rendezvous import Place
 from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.system.hardware import choose_device
@@ -216,3 +220,21 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         with pytest.raises(ValueError, match="no Metal GPU: use --device cpu"):
             choose_device("mps", local_rank=0, local_world_size=1)
     assert choose_device("cpu", local_rank=3, local_world_size=4) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("device", "fails", "destroyed"), [("cpu", True, 1), ("cuda", True, 0), ("cuda", False, 1)])
+def test_after_an_error_a_rank_does_not_wait_for_the_others_to_take_nccl_apart(
+    device: str, fails: bool, destroyed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Destroying is collective under NCCL, and no other rank may come to it."""
+    asked: list[bool] = []
+    place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
+    monkeypatch.setattr(context, "find_place", lambda _: place)
+    monkeypatch.setattr(context, "choose_device", lambda *_, **__: torch.device(device))
+    monkeypatch.setattr(context, "meet", lambda _: (dist.HashStore(), "tests"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: asked.append(True))
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), open_context():
+        assert 1 / (0 if fails else 1)
+    assert len(asked) == destroyed

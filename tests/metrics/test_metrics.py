@@ -68,9 +68,10 @@ def test_events_go_to_metrics_jsonl_as_they_happen(tmp_path: Path, capsys: pytes
 def test_what_is_no_number_becomes_null(tmp_path: Path) -> None:
     log = FileLog(tmp_path, resumed_step=0)
     log.train(step_metrics(1, loss=math.nan, grad_norm=math.inf))
-    log.event("val", step=1, val_loss=-math.inf)
+    log.event("val", step=1, val_loss=-math.inf, sources=[{"data_dir": "a", "val_loss": math.nan}])
     log.close()
     train, val = lines(tmp_path)
+    assert val["sources"] == [{"data_dir": "a", "val_loss": None}]
     assert (train["loss"], train["grad_norm"], val["val_loss"]) == (None, None, None)
 
 

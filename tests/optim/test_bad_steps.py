@@ -164,6 +164,16 @@ def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(data_dir: Pa
     assert weights_and_moments(tmp_path / "spiked") == weights_and_moments(tmp_path / "passed")
 
 
+def test_a_spike_after_a_resume_from_elsewhere_goes_back_to_where_it_began(data_dir: Path, tmp_path: Path) -> None:
+    flags = (*GUARDED, "--max-steps", "28")
+    first = tmp_path / "first"
+    warm.train(first, data_dir, *flags, faults=spiky(23))
+    other = (*flags, f"--resume={checkpoint(first, 20)}", "--checkpoint-every", "30")
+    done = warm.train(tmp_path / "other", data_dir, *other, faults=spiky(23))
+    assert "going back to step 20" in done.stdout
+    assert weights_and_moments(tmp_path / "other") == weights_and_moments(first)
+
+
 def test_it_goes_back_no_more_often_than_it_may(data_dir: Path, tmp_path: Path) -> None:
     flags = (*GUARDED, "--spike-limit", "2")
     done = warm.train(tmp_path / "run", data_dir, *flags, faults=spiky(*range(23, 60)))
