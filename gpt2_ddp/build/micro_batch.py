@@ -108,7 +108,8 @@ def choose_micro_batch(
     )
     size = largest_fitting(candidates, fits_into(free, precision.device_type, reckon), context)
     if context.device.type == "cuda":
-        trial = Trial(
+        make_trial = partial(
+            Trial,
             config,
             precision,
             context,
@@ -117,6 +118,7 @@ def choose_micro_batch(
             compiled=compiled,
             activation_checkpointing=activation_checkpointing,
         )
+        trial = context.run_on_all(make_trial)  # a GPU may be held by another process
         smaller = [candidate for candidate in reversed(candidates) if candidate <= max(1, size)]
         size = first_running(smaller, trial.runs, context)
     if not size:

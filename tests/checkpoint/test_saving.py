@@ -77,9 +77,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_tried(clean: Path, data_dir:
     assert [entry["step"] for entry in metrics(tmp_path / "run", "checkpoint")] == [4, 12]
 
 
-def test_an_old_checkpoint_that_cannot_go_is_no_failed_save(
-    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_checkpoint_that_cannot_go_is_no_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where another process has a file of it open on NFS."""
     for step in (1, 2, 3):
         write_checkpoint(tmp_path / f"step_{step:08d}", {"config.json": b"{}"})
