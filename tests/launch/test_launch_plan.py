@@ -184,6 +184,13 @@ def test_command_survives_the_shell() -> None:
     assert words[-5:] == ["my trainer.py", "--data-dir", "a b", "--", "x;y"]
 
 
+def test_a_flag_may_have_underscores_but_its_value_keeps_them() -> None:
+    for spelled in (["--nproc_per_node=2"], ["--nproc_per_node", "2"], ["--nproc-per-node=2"]):
+        assert parse([*spelled, "--rdzv_id=my_run", "--", "--data_dir=a_b"]) == LaunchFlags(
+            nproc_per_node=2, rdzv_id="my_run", trainer=("--data_dir=a_b",)
+        )
+
+
 def test_a_set_number_of_threads_is_kept() -> None:
     assert plan(node(8, omp_num_threads="3"), NO_FLAGS).environment["OMP_NUM_THREADS"] == "3"
 
