@@ -81,9 +81,62 @@ def test_setup_without_a_fitting_python_says_so(tmp_path: Path, version: str, sa
         python = tmp_path / "python3"
         python.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{version}" && exit 0\nexit 1\n')
         python.chmod(0o755)
-    environment = {"PATH": str(tmp_path)}
-    script = ROOT / "launch" / "setup.sh"
-    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    done = set_up(tmp_path / "checkout", PATH=str(tmp_path))
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+WITHOUT_PIP = """#!/bin/sh
+case "$*" in
+"-m pip --version") [ -e .venv/pip ] ;;
+"-m venv "*) echo "$0 $*" >>asked; touch .venv/pip; [ -e .venv/bin/python ] || ln -sf "$0" .venv/bin/python ;;
+esac
+"""
+"""A Python that has pip in .venv once it was asked to make that."""
+
+
+def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/setup.sh in a checkout of which only what it reads is there, so that there is nothing to install."""
+    (checkout / "launch").mkdir(parents=True, exist_ok=True)
+    for name in ("setup.cfg", "launch/constraints.txt", "launch/setup.sh"):
+        shutil.copy(ROOT / name, checkout / name)
+    return subprocess.run(
+        ["bash", checkout / "launch" / "setup.sh"], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_setup_asks_for_no_python_where_all_is_installed(tmp_path: Path) -> None:
+    for name in ("bash", "dirname", "cat", "cksum"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    checkout = tmp_path / "checkout"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "python").touch(mode=0o755)
+    read = (ROOT / "setup.cfg").read_bytes() + (ROOT / "launch" / "constraints.txt").read_bytes()
+    wanted = subprocess.run(["cksum"], input=read, capture_output=True, check=True).stdout
+    (checkout / ".venv" / "installed-test").write_bytes(wanted)
+    done = set_up(checkout, PATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("broken", "asked"),
+    [("without pip", ".venv/bin/python -m venv .venv"), ("without its Python", "python3 -m venv --clear .venv")],
+)
+def test_setup_mends_an_environment(tmp_path: Path, broken: str, asked: str) -> None:
+    """One that was interrupted or made by uv has no pip; another's Python may have gone."""
+    python = tmp_path / "python3"
+    python.write_text(WITHOUT_PIP)
+    python.chmod(0o755)
+    inner = tmp_path / "checkout" / ".venv" / "bin" / "python"
+    inner.parent.mkdir(parents=True)
+    if broken == "without pip":
+        shutil.copy(python, inner)
+    else:
+        inner.symlink_to(tmp_path / "gone")
+    first, second = (set_up(tmp_path / "checkout", PATH=f"{tmp_path}:{os.environ['PATH']}") for _ in range(2))
+    assert (first.returncode, first.stderr) == (0, "")
+    made = (tmp_path / "checkout" / "asked").read_text()
+    assert made.replace(f"{tmp_path}/", "") == f"{asked}\n"
+    assert (second.returncode, second.stdout) == (0, "")
