@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,49 @@ def test_the_first_command_is_less_than_a_minute_of_work_and_fits_eight_ranks() 
         total_batch_size=config.total_batch_size,
         world_size=8,
     )
+
+
+STAND_IN = """#!/bin/sh
+echo "$*" >>asked
+case "$*" in
+"-m launch "*) mkdir -p runs/local && echo '{"state": "'$STATE'", "step": 3}' >runs/local/status.json ;;
+"-c import json"*) exec "$PYTHON" "$@" ;;
+esac
+"""
+"""A Python that writes down what it is asked for, and whose training ends in $STATE."""
+
+
+def local(checkout: Path, *flags: str, state: str = "finished") -> subprocess.CompletedProcess[str]:
+    """launch/local.sh in a checkout in which nothing is to be installed."""
+    for folder in ("launch", ".venv/bin"):
+        (checkout / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "launch" / "local.sh", checkout / "launch")
+    (checkout / "launch" / "setup.sh").touch()
+    (checkout / ".venv" / "bin" / "python").write_text(STAND_IN)
+    (checkout / ".venv" / "bin" / "python").chmod(0o755)
+    told = {name: value for name, value in os.environ.items() if name not in ("DATA_DIR", "RUN_DIR")}
+    return subprocess.run(
+        ["bash", "launch/local.sh", *flags], cwd=checkout, env=told | {"STATE": state, "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_local_does_not_sample_a_run_that_was_asked_to_stop(tmp_path: Path) -> None:
+    stopped = local(tmp_path, state="stopped")
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert stopped.stdout.splitlines()[-1] == "== training is stopped: the same command goes on"
+    assert "-m eval" not in (tmp_path / "asked").read_text()
+    finished = local(tmp_path)
+    assert (finished.returncode, "== done" in finished.stdout) == (0, True)
+    assert "-m eval sample --model runs/local" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--out-dir", "b"), ("--out_dir=b",), ("--data_dir", "d"), ("--config=f",)])
+def test_local_refuses_flags_that_it_would_not_follow_itself(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    refused = local(tmp_path, "--max-steps=3", *flags)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith(f"error: {flags[0].partition('=')[0]} is not for local.sh")
+    assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.parametrize(("version", "said"), [("", "no python3 on PATH"), ("Python 3.8.10", "3.8.10 is too old")])
