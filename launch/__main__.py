@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str]) -> LaunchFlags:
     add("--module", default=defaults.module, help="what to run: a module's name or a .py file")
     add("--cpu", action="store_true", help="leave the GPUs alone")
     add("--dry-run", action="store_true", help="print the torchrun command that would run, and end")
-    own = [f.replace("_", "-") if f.startswith("--") and "=" not in f else f for f in argv[:border]]
+    own = [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), word) for word in argv[:border]]
     return LaunchFlags(**vars(parser.parse_args(own)), trainer=tuple(argv[border + 1 :]))
 
 

@@ -20,18 +20,18 @@ from launch.plan import Core, Found, Gpu, SlurmStep
 # In a process of its own: asking CUDA for a GPU's name starts the driver there, and it ends with that process.
 PROBE = """
 import json, torch, torch.distributed.run as run
-gpus = []
-for index in range(torch.cuda.device_count()):
-    of = torch.cuda.get_device_properties(index)
-    bus = [getattr(of, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
-    gpus.append({"name": of.name, "memory_bytes": of.total_memory, "pci": bus})
-options = sorted(option for action in run.get_args_parser()._actions for option in action.option_strings)
-reason = ""
-if not gpus:
-    try:
+gpus, reason = [], ""
+try:
+    # NVML counts the GPUs of a driver that is too old for this PyTorch as well, which then fails at the first of them.
+    for index in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(index)
+        bus = [getattr(of, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+        gpus.append({"name": of.name, "memory_bytes": of.total_memory, "pci": bus})
+    if not gpus:
         torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) + f" (PyTorch {torch.__version__})"
+except (AssertionError, RuntimeError) as error:
+    gpus, reason = [], " ".join(str(error).split()) + f" (PyTorch {torch.__version__})"
+options = sorted(option for action in run.get_args_parser()._actions for option in action.option_strings)
 print(json.dumps({"gpus": gpus, "metal": torch.backends.mps.is_available(), "options": options, "reason": reason}))
 """
 CPUS = Path("/sys/devices/system/cpu")

@@ -10,6 +10,16 @@ data=${DATA_DIR:-data/demo}
 run=${RUN_DIR:-runs/local}
 hellaswag=data/hellaswag/hellaswag_val.jsonl
 
+for flag in "$@"; do
+  case ${flag//_/-} in
+  --data-dir | --data-dir=* | --out-dir | --out-dir=* | --config | --config=*)
+    echo "error: ${flag%%=*} is not for local.sh: DATA_DIR=... and RUN_DIR=... before the command name its places;" \
+      "python -m launch -- ${flag%%=*} ... takes it" >&2
+    exit 2
+    ;;
+  esac
+done
+
 bash launch/setup.sh offline,plot,report
 python=.venv/bin/python
 
@@ -23,6 +33,13 @@ say "training, in $run"
   --sequence-length 128 --micro-batch-size auto --total-batch-size 1024 \
   --max-steps 300 --warmup-steps 20 --max-lr 1e-2 \
   --val-every 100 --val-tokens 8192 --checkpoint-every 150 "$@"
+# A run that was asked to stop, as by Ctrl-C, also ends with 0.
+state=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "$run/status.json" 2>/dev/null) ||
+  exit 0 # --help trains nothing
+if [ "$state" != finished ]; then
+  say "training is $state: the same command goes on"
+  exit 0
+fi
 
 say "plot"
 "$python" -m eval plot "$run" --out "$run/plot.png"

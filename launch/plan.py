@@ -122,10 +122,11 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
         ValueError: for more ranks than GPUs, a GPU that PyTorch cannot use, ranks inside ranks, and nodes that do not
             know where to meet.
     """
-    require_possible(found, flags)
-    gpus = () if flags.cpu else found.gpus
+    cpu = flags.cpu or trainer_flags(flags).get("--device") == "cpu"
+    require_possible(found, flags, cpu=cpu)
+    gpus = () if cpu else found.gpus
     cores = usable_cores(found)
-    nproc = flags.nproc_per_node or len(gpus) or (1 if found.has_metal and not flags.cpu else cpu_ranks(found))
+    nproc = flags.nproc_per_node or len(gpus) or (1 if found.has_metal and not cpu else cpu_ranks(found))
     if gpus and nproc > len(gpus):
         raise ValueError(f"--nproc-per-node {nproc}, but this node has {len(gpus)} GPUs: ask for {len(gpus)} or --cpu")
     threads = max(1, cores // nproc)
@@ -137,7 +138,7 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     endpoint, run_id, local_address = rendezvous(found.slurm, flags, nnodes)
     affinity = gpu_affinity(gpus[:nproc], found.cores) if gpus else cpu_affinity(found, nproc)
     environment = {"OMP_NUM_THREADS": str(threads)}
-    if flags.cpu and (found.gpus or found.unused_gpu):
+    if cpu and (found.gpus or found.unused_gpu):
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if found.tcmalloc and not gpus and not found.ld_preload:
         environment["LD_PRELOAD"] = found.tcmalloc  # why: gpt2_ddp/system/allocator.py
@@ -162,19 +163,22 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     )
 
 
-def require_possible(found: Found, flags: LaunchFlags) -> None:
+def trainer_flags(flags: LaunchFlags) -> Mapping[str, str]:
+    """The trainer's flags, each with its last value, which wins."""
+    return dict(pairwise(" ".join(flags.trainer).replace("=", " ").split()))
+
+
+def require_possible(found: Found, flags: LaunchFlags, *, cpu: bool) -> None:
     """
     Raises:
-        ValueError: for ranks inside ranks, negative numbers, and a GPU that PyTorch cannot use where neither --cpu nor
-            the trainer's --device cpu (its last --device wins) says that it need not.
+        ValueError: for ranks inside ranks, negative numbers, and a GPU that PyTorch cannot use unless the run is on the
+            `cpu`. Where a --config may say that it is, the trainer decides.
     """
     if found.under_torchrun:
         raise ValueError("this process already runs under torchrun: start the trainer itself, without launch")
     if min(flags.nproc_per_node, flags.nnodes, flags.max_restarts) < 0:
         raise ValueError("--nproc-per-node, --nnodes and --max-restarts must not be negative")
-    words = " ".join(flags.trainer).replace("=", " ").split()
-    devices = [value for flag, value in pairwise(words) if flag == "--device"]
-    if found.unused_gpu and not flags.cpu and devices[-1:] != ["cpu"]:
+    if found.unused_gpu and not cpu and "--config" not in trainer_flags(flags):
         raise ValueError(f"{found.unused_gpu}; mend that, or train on the CPU with --cpu")
 
 
@@ -271,13 +275,7 @@ def meeting_arguments(nnodes: int, endpoint: str, run_id: str, local_address: st
         # Else the ranks look for each other by the machine's name, which need not resolve.
         return ("--standalone", "--nnodes=1", f"--local-addr={LOOPBACK}")
     own = (f"--local-addr={local_address}",) if local_address else ()
-    return (
-        f"--nnodes={nnodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-id={run_id}",
-        *own,
-    )
+    return (f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={run_id}", *own)
 
 
 def patience_arguments(options: frozenset[str]) -> tuple[str, ...]:

@@ -11,11 +11,28 @@ part=${PART:-1}
 text=${TEXT:-data/shakespeare/tinyshakespeare.txt}
 data=data/seed_convergence_$part
 
-if [ ! -d "$data" ]; then
-  mkdir -p "$data.text"
-  head -c $(($(wc -c <"$text") / part / 100 * 100)) "$text" >"$data.text/text.txt"
-  "$python" -m data_prep text "$data.text" --out "$data" --val-fraction 0
+if [ ! -f "$text" ]; then
+  echo "error: no $text: python -m data_prep shakespeare --out data/shakespeare fetches it, TEXT=any.txt names another" >&2
+  exit 2
 fi
+mkdir -p "$data.text"
+"$python" -c 'import sys
+text = sys.stdin.buffer.read()
+end = len(text) // int(sys.argv[1]) // 100 * 100
+while 0 < end < len(text) and text[end] >> 6 == 0b10:  # within a letter of UTF-8
+    end -= 1
+sys.stdout.buffer.write(text[:end])' "$part" <"$text" >"$data.text.new"
+# data_prep tells a text by its time: one that is the same keeps it.
+if cmp -s "$data.text.new" "$data.text/text.txt"; then
+  rm "$data.text.new"
+elif [ -f "$data/manifest.json" ]; then
+  rm "$data.text.new"
+  echo "error: $data holds another text than $text: delete $data and runs/seed_convergence_$part, or move them" >&2
+  exit 2
+else
+  mv "$data.text.new" "$data.text/text.txt"
+fi
+"$python" -m data_prep text "$data.text" --out "$data" --val-fraction 0
 # shellcheck disable=SC2086  LAUNCH_FLAGS may hold several
 exec "$python" -m launch ${LAUNCH_FLAGS:-} -- \
   --model gpt2 --data-dir "$data" --out-dir "runs/seed_convergence_$part" \

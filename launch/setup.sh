@@ -6,25 +6,27 @@ cd "$(dirname "$0")/.."
 extras=${1:-offline,plot,report}
 python=${PYTHON:-python3}
 
-if ! command -v "$python" >/dev/null; then
-  echo "error: no $python on PATH: install Python 3.10 or later, or name one with PYTHON=/path/to/python3" >&2
-  exit 2
-fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-  echo "error: $("$python" --version) is too old, 3.10 or later is needed: name one with PYTHON=/path/to/python3" >&2
-  exit 2
-fi
-
 wanted=$(cat setup.cfg launch/constraints.txt | cksum)
 for done in "$extras" test; do # [test] holds the other extras that are installed here
   if [ -x .venv/bin/python ] && [ "$(cat ".venv/installed-$done" 2>/dev/null)" = "$wanted" ]; then
     exit 0
   fi
 done
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  start=--clear
+  if .venv/bin/python -c '' 2>/dev/null; then # begun and interrupted, or made by uv: its own Python ends it
+    python=.venv/bin/python start=
+  fi
+  if ! command -v "$python" >/dev/null; then
+    echo "error: no $python on PATH: install Python 3.10 or later, or name one with PYTHON=/path/to/python3" >&2
+    exit 2
+  fi
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "error: $("$python" --version) is too old, 3.10 or later is needed: name one with PYTHON=/path/to/python3" >&2
+    exit 2
+  fi
   echo "setup: making .venv with $("$python" --version)"
-  if ! "$python" -m venv .venv; then
-    rm -rf .venv
+  if ! "$python" -m venv ${start:+"$start"} .venv; then
     echo "error: $python cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv" >&2
     exit 2
   fi

@@ -157,6 +157,20 @@ def test_a_machines_ranks_and_threads(
     assert planned.affinity == (((0, 1, 4, 5), (2, 3, 6, 7)) if ours else ())
 
 
+def test_a_driver_that_is_too_old_is_no_gpu_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its GPUs are counted by NVML; the first look at one fails."""
+    driver = """
+import torch
+def fail(*_):
+    raise RuntimeError("The NVIDIA driver on your system\\nis too old (found version 11040).")
+torch.cuda.device_count, torch.cuda.get_device_properties, torch.cuda.init = (lambda: 1), fail, fail
+"""
+    monkeypatch.setattr(discovery, "PROBE", driver + discovery.PROBE)
+    probed = discovery.probe()
+    assert probed["gpus"] == []
+    assert str(probed["reason"]).startswith("The NVIDIA driver on your system is too old (found version 11040)")
+
+
 @pytest.mark.usefixtures("machine")
 def test_what_is_set_already_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "Tesla T4", "memory_bytes": 15 << 30, "pci": [0, 1, 2]}

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,49 @@ def test_the_first_command_is_less_than_a_minute_of_work_and_fits_eight_ranks() 
     )
 
 
+STAND_IN = """#!/bin/sh
+echo "$*" >>asked
+case "$*" in
+"-m launch "*) mkdir -p runs/local && echo '{"state": "'$STATE'", "step": 3}' >runs/local/status.json ;;
+"-c import json"*) exec "$PYTHON" "$@" ;;
+esac
+"""
+"""A Python that writes down what it is asked for, and whose training ends in $STATE."""
+
+
+def local(checkout: Path, *flags: str, state: str = "finished") -> subprocess.CompletedProcess[str]:
+    """launch/local.sh in a checkout in which nothing is to be installed."""
+    for folder in ("launch", ".venv/bin"):
+        (checkout / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "launch" / "local.sh", checkout / "launch")
+    (checkout / "launch" / "setup.sh").touch()
+    (checkout / ".venv" / "bin" / "python").write_text(STAND_IN)
+    (checkout / ".venv" / "bin" / "python").chmod(0o755)
+    told = {name: value for name, value in os.environ.items() if name not in ("DATA_DIR", "RUN_DIR")}
+    return subprocess.run(
+        ["bash", "launch/local.sh", *flags], cwd=checkout, env=told | {"STATE": state, "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_local_does_not_sample_a_run_that_was_asked_to_stop(tmp_path: Path) -> None:
+    stopped = local(tmp_path, state="stopped")
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert stopped.stdout.splitlines()[-1] == "== training is stopped: the same command goes on"
+    assert "-m eval" not in (tmp_path / "asked").read_text()
+    finished = local(tmp_path)
+    assert (finished.returncode, "== done" in finished.stdout) == (0, True)
+    assert "-m eval sample --model runs/local" in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("flags", [("--out-dir", "b"), ("--out_dir=b",), ("--data_dir", "d"), ("--config=f",)])
+def test_local_refuses_flags_that_it_would_not_follow_itself(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    refused = local(tmp_path, "--max-steps=3", *flags)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith(f"error: {flags[0].partition('=')[0]} is not for local.sh")
+    assert not (tmp_path / "asked").exists()
+
+
 @pytest.mark.parametrize(("version", "said"), [("", "no python3 on PATH"), ("Python 3.8.10", "3.8.10 is too old")])
 def test_setup_without_a_fitting_python_says_so(tmp_path: Path, version: str, said: str) -> None:
     for name in ("bash", "dirname", "cat", "cksum"):
@@ -81,9 +125,62 @@ def test_setup_without_a_fitting_python_says_so(tmp_path: Path, version: str, sa
         python = tmp_path / "python3"
         python.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "{version}" && exit 0\nexit 1\n')
         python.chmod(0o755)
-    environment = {"PATH": str(tmp_path)}
-    script = ROOT / "launch" / "setup.sh"
-    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    done = set_up(tmp_path / "checkout", PATH=str(tmp_path))
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+WITHOUT_PIP = """#!/bin/sh
+case "$*" in
+"-m pip --version") [ -e .venv/pip ] ;;
+"-m venv "*) echo "$0 $*" >>asked; touch .venv/pip; [ -e .venv/bin/python ] || ln -sf "$0" .venv/bin/python ;;
+esac
+"""
+"""A Python that has pip in .venv once it was asked to make that."""
+
+
+def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/setup.sh in a checkout of which only what it reads is there, so that there is nothing to install."""
+    (checkout / "launch").mkdir(parents=True, exist_ok=True)
+    for name in ("setup.cfg", "launch/constraints.txt", "launch/setup.sh"):
+        shutil.copy(ROOT / name, checkout / name)
+    return subprocess.run(
+        ["bash", checkout / "launch" / "setup.sh"], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_setup_asks_for_no_python_where_all_is_installed(tmp_path: Path) -> None:
+    for name in ("bash", "dirname", "cat", "cksum"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    checkout = tmp_path / "checkout"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "bin" / "python").touch(mode=0o755)
+    read = (ROOT / "setup.cfg").read_bytes() + (ROOT / "launch" / "constraints.txt").read_bytes()
+    wanted = subprocess.run(["cksum"], input=read, capture_output=True, check=True).stdout
+    (checkout / ".venv" / "installed-test").write_bytes(wanted)
+    done = set_up(checkout, PATH=str(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("broken", "asked"),
+    [("without pip", ".venv/bin/python -m venv .venv"), ("without its Python", "python3 -m venv --clear .venv")],
+)
+def test_setup_mends_an_environment(tmp_path: Path, broken: str, asked: str) -> None:
+    """One that was interrupted or made by uv has no pip; another's Python may have gone."""
+    python = tmp_path / "python3"
+    python.write_text(WITHOUT_PIP)
+    python.chmod(0o755)
+    inner = tmp_path / "checkout" / ".venv" / "bin" / "python"
+    inner.parent.mkdir(parents=True)
+    if broken == "without pip":
+        shutil.copy(python, inner)
+    else:
+        inner.symlink_to(tmp_path / "gone")
+    first, second = (set_up(tmp_path / "checkout", PATH=f"{tmp_path}:{os.environ['PATH']}") for _ in range(2))
+    assert (first.returncode, first.stderr) == (0, "")
+    made = (tmp_path / "checkout" / "asked").read_text()
+    assert made.replace(f"{tmp_path}/", "") == f"{asked}\n"
+    assert (second.returncode, second.stdout) == (0, "")

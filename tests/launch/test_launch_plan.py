@@ -105,9 +105,19 @@ def test_a_gpu_that_pytorch_cannot_use_is_refused_unless_the_cpu_is_asked_for() 
     for trainer in ((), ("--device", "auto"), ("--device=cpu", "--device=auto"), ("--data-dir", "cpu")):
         with pytest.raises(ValueError, match=r"the driver is too old; .* --cpu"):
             plan(found, LaunchFlags(trainer=trainer))
-    for trainer in (("--device", "cpu"), ("--device=cuda", "--device=cpu")):
+    # What a file of flags says of the device the trainer reads, and refuses itself.
+    for trainer in (("--device", "cpu"), ("--device=cuda", "--device=cpu"), ("--config", "cpu.toml"), ("--config=c",)):
         assert plan(found, LaunchFlags(trainer=trainer)).nproc_per_node == 2
     assert plan(found, LaunchFlags(cpu=True)).environment["CUDA_VISIBLE_DEVICES"] == ""  # else the trainer refuses
+
+
+@pytest.mark.parametrize("trainer", [("--device", "cpu"), ("--device=cuda", "--device=cpu")])
+def test_a_trainer_on_the_cpu_is_planned_as_with_the_cpu_flag(trainer: tuple[str, ...]) -> None:
+    found = node(16, gpus=(T4,), tcmalloc="libtcmalloc.so.4")
+    asked, wanted = plan(found, LaunchFlags(trainer=trainer)), plan(found, LaunchFlags(cpu=True))
+    assert asked == replace(wanted, torchrun=(*wanted.torchrun, *trainer))
+    assert asked.nproc_per_node == 2
+    assert plan(found, LaunchFlags(trainer=("--device=cpu", "--device=auto"))).nproc_per_node == 1
 
 
 def test_two_slurm_nodes_of_eight_gpus() -> None:
@@ -182,6 +192,13 @@ def test_command_survives_the_shell() -> None:
     assert words[0] == "OMP_NUM_THREADS=1"
     assert words[1] == "torchrun"
     assert words[-5:] == ["my trainer.py", "--data-dir", "a b", "--", "x;y"]
+
+
+def test_a_flag_may_have_underscores_but_its_value_keeps_them() -> None:
+    for spelled in (["--nproc_per_node=2"], ["--nproc_per_node", "2"], ["--nproc-per-node=2"]):
+        assert parse([*spelled, "--rdzv_id=my_run", "--", "--data_dir=a_b"]) == LaunchFlags(
+            nproc_per_node=2, rdzv_id="my_run", trainer=("--data_dir=a_b",)
+        )
 
 
 def test_a_set_number_of_threads_is_kept() -> None:

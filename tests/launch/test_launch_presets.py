@@ -86,18 +86,23 @@ def test_the_trainer_takes_the_preset(name: str) -> None:
     assert {field: getattr(config, field) for field in watched} == watched
 
 
-def test_a_sixteenth_of_the_seeds_curve_is_as_many_epochs(tmp_path: Path) -> None:
-    """A sixteenth of the text, none of it for validation, and of the batch."""
-    (tmp_path / "launch").mkdir()
+def seeds_curve(checkout: Path, text: str, *flags: str, launch: str = "--help") -> subprocess.CompletedProcess[str]:
+    """launch/seed_convergence.sh with a sixteenth of a text, up to the training."""
+    (checkout / "launch").mkdir(exist_ok=True)
     for name in ("seed_convergence.sh", "find_python.sh"):
-        shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
-    (tmp_path / "text.txt").write_text("A line of this text.\n" * 1600)
-    told = {"PART": "16", "TEXT": "text.txt", "LAUNCH_FLAGS": "--dry-run --cpu"}
-    shown = subprocess.run(
-        ["bash", "launch/seed_convergence.sh", "--seed", "7"],
-        cwd=tmp_path, capture_output=True, text=True, check=True,
+        shutil.copy(ROOT / "launch" / name, checkout / "launch")
+    told = {"PART": "16", "TEXT": text, "LAUNCH_FLAGS": launch}
+    return subprocess.run(
+        ["bash", "launch/seed_convergence.sh", *flags],
+        cwd=checkout, capture_output=True, text=True, check=False,
         env=os.environ | told | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+
+
+def test_a_sixteenth_of_the_seeds_curve_is_as_many_epochs(tmp_path: Path) -> None:
+    """A sixteenth of the text, none of it for validation, and of the batch."""
+    (tmp_path / "text.txt").write_text("A line of this text.\n" * 1600)
+    shown = seeds_curve(tmp_path, "text.txt", "--seed", "7", launch="--dry-run --cpu")
     words = shlex.split(shown.stdout.splitlines()[-1])
     config = parse_flags(words[words.index("gpt2_ddp.train") + 1 :])
     assert (config.model, config.total_batch_size, config.max_steps, config.seed) == ("gpt2", 2048, 750, 7)
@@ -105,3 +110,22 @@ def test_a_sixteenth_of_the_seeds_curve_is_as_many_epochs(tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / config.data_dir / "manifest.json").read_text())
     assert sum(shard["tokens"] for shard in manifest["shards"]) == 1 + 100 * 7  # lines of seven tokens
     assert manifest["documents"]["val"] == 0
+
+
+def test_the_seeds_curve_is_of_the_text_that_is_named(tmp_path: Path) -> None:
+    missing = seeds_curve(tmp_path, "text.txt")
+    assert (missing.returncode, missing.stdout, missing.stderr.count("\n")) == (2, "", 1)
+    assert missing.stderr.startswith("error: no text.txt: ")
+    (tmp_path / "text.txt").write_text("a" + "é" * 4000)
+    (tmp_path / "another.txt").write_text("Another text.\n" * 800)
+    data = tmp_path / "data" / "seed_convergence_16"
+    data.mkdir(parents=True)  # as after an interruption
+    first = seeds_curve(tmp_path, "text.txt")
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "data" / "seed_convergence_16.text" / "text.txt").read_text() == "a" + "é" * 249
+    written = {path.name: path.read_bytes() for path in data.iterdir()}
+    refused = seeds_curve(tmp_path, "another.txt")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "holds another text than another.txt" in refused.stderr
+    assert seeds_curve(tmp_path, "text.txt").returncode == 0
+    assert {path.name: path.read_bytes() for path in data.iterdir()} == written
