@@ -120,6 +120,7 @@ def test_weights_and_biases_shows_a_run_and_goes_on_with_it(tmp_path: Path, monk
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(boards, "CLOSING_SECONDS", 200.0)  # its own process may be slow to start on a busy machine
     (tmp_path / "run").mkdir()
     for out_dir, resumed, steps, state in ((tmp_path / "run", 0, 3, "stopped"), (tmp_path / "moved", 2, 6, "failed")):
         config = CONFIG | {"max_steps": steps}
