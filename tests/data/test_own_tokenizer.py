@@ -198,7 +198,7 @@ def test_without_the_library(scene: Path, monkeypatch: pytest.MonkeyPatch) -> No
         lambda: tokenizer_of_data(scene / "data"),
         lambda: TrainTokenizer(paths=(str(scene / "text.jsonl"),), out=scene / "none").run(),
     ):
-        with pytest.raises(UserError, match=r'pip install "gpt2_ddp\[tokenizers\]"'):
+        with pytest.raises(UserError, match=r'pip install -e "\.\[tokenizers\]"'):
             attempt()
 
 
@@ -251,18 +251,6 @@ def test_what_begins_documents(tmp_path: Path) -> None:
     assert tokenizer.encode_ordinary("w4 w5") == [4, 5]
     with pytest.raises(UserError, match=r"'w3' of tokenizer\.json occurs in a text"):
         tokenizer.encode_ordinary("w2 w3")
-
-
-def test_gpt2s_own_files_are_gpt2s(tmp_path: Path) -> None:
-    """As the hub has them: a tokenizer.json, and a tokenizer_config.json that may say nothing."""
-    words(10, "<|endoftext|>").save(str(tmp_path / "tokenizer.json"))
-    shape = {"vocab_size": 50257, "eos_token_id": 50256}
-    for settings, rows, name in (({}, 50257, "gpt2"), ({"tokenizer_class": "GPT2Tokenizer"}, 50304, "gpt2"),
-                                 ({"tokenizer_class": "PreTrainedTokenizerFast"}, 50304, "sha256"),
-                                 ({}, 60000, "sha256")):  # fmt: skip
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": rows}))
-        assert own.name_in(tmp_path).split(":")[0] == name
 
 
 def test_convert_keeps_it(scene: Path, tmp_path: Path) -> None:
