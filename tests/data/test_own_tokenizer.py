@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from data_prep.commands import Text
 from data_prep.encoding import OwnEncoder
+from data_prep.inspection import damage, inspect_split
 from data_prep.tokenizers import TrainTokenizer
 from eval.convert import Convert
 from eval.sample import Sample
@@ -29,6 +30,7 @@ from eval.val_loss import ValLoss
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import own_tokenizer as own
 from gpt2_ddp.data.directory import find_shards
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.tokenizer import tokenizer_of_data, tokenizer_of_model
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.sampling import PROMPT, generate
@@ -239,6 +241,23 @@ def test_every_id_of_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     words(65536, "</s>").save(str(tmp_path / "out" / "tokenizer.json"))
     with pytest.raises(UserError, match="has 65537 ids, and shards of uint16 can hold 65536"):
         own.own_tokenizer(tmp_path / "out")
+
+
+def test_a_document_without_a_token_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not every tokenizer has one for blanks; what is left is what the manifest counts."""
+    words(10, "</s>").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("w1", " \n ", "", "w2 w3"))
+    )
+    tokenize_here(monkeypatch, OwnEncoder(tmp_path))
+    Text(paths=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", tokenizer=str(tmp_path), val_tokens=0).run()
+    assert split_tokens(tmp_path / "out", "train") == [10, 1, 10, 2, 3]
+    assert manifest(tmp_path / "out")["documents"] == {"train": 2, "val": 0}
+    assert "left out: 2 documents without text\n" in capsys.readouterr().out
+    split = inspect_split(tmp_path / "out", "train", tokenizer_of_data(tmp_path / "out"), 2)
+    assert damage([split], read_manifest(tmp_path / "out")) == []
 
 
 def test_what_begins_documents(tmp_path: Path) -> None:
