@@ -15,8 +15,9 @@ from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import OpenShard, Shard, check_tokens
 from gpt2_ddp.system.errors import OneRankError, UserError, user_error
 
-OPEN_SHARDS = 64
-"""Shards that are open at most: there can be more of them than files that a process may open, 256 on macOS."""
+OPEN_SHARDS = 104
+"""Shards that one read opens and the next finds open: those of 10 billion tokens, 100 million each.
+There can be more than files that a process may open, of which macOS allows 256."""
 
 
 class Windows:
