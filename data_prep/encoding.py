@@ -60,7 +60,7 @@ class OwnEncoder:
         self._tokenizer = own_tokenizer(place)
 
     def encode(self, documents: Iterable[str | None]) -> EncodedChunk:
-        """As `Encoder.encode`.
+        """As `Encoder.encode`; a document of blanks alone, of which some tokenizers make no token, is one without text.
 
         Raises:
             UserError: where a document has the token in it that begins documents.
@@ -68,7 +68,7 @@ class OwnEncoder:
         number, eot = itertools.count(), self._tokenizer.eot_token
         counted = (text for text, _ in zip(documents, number, strict=False))
         rows = (row for batch in _batches(counted) for row in self._tokenizer.encode_many(batch))
-        texts: list[Tokens] = [np.array([eot, *row], np.uint16) for row in rows]
+        texts: list[Tokens] = [np.array([eot, *row], np.uint16) for row in rows if row]
         return EncodedChunk(
             tokens=np.concatenate([np.array([], np.uint16), *texts]),
             lengths=np.array([len(text) for text in texts], np.int64),

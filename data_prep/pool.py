@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.resource_tracker
 import signal
 import traceback
 from collections.abc import Iterator
@@ -35,8 +36,8 @@ def encoded_chunks(source: Source, first: int, workers: int, tokenizer: Path | N
     `tokenizer` is the data directory that one of the user's own lies in; else it is GPT-2's.
 
     Raises:
-        UserError: what a worker found wrong with the source.
-        RuntimeError: if a worker failed otherwise or died.
+        UserError: what a worker found wrong with the source, or that one was killed.
+        RuntimeError: if a worker failed otherwise.
     """
     encoder_for(tokenizer)  # one download or one error, not one a worker
     with _started(source, workers, tokenizer) as idle:
@@ -49,7 +50,8 @@ def encoded_chunks(source: Source, first: int, workers: int, tokenizer: Path | N
                 if (chunk := next(chunks, None)) is None:
                     exhausted = True
                 else:
-                    idle[-1].send(chunk[1])
+                    with _death_told():
+                        idle[-1].send(chunk[1])
                     busy[idle.pop()] = chunk[0]
             for connection in wait(list(busy), timeout=0 if due in ready or not busy else None):
                 assert isinstance(connection, Connection)
@@ -63,15 +65,35 @@ def encoded_chunks(source: Source, first: int, workers: int, tokenizer: Path | N
 
 
 def _receive(connection: Connection) -> EncodedChunk:
-    try:
+    with _death_told():
         answer: EncodedChunk | Failure = connection.recv()
-    except EOFError:
-        raise RuntimeError("a tokenizing process was killed, perhaps for lack of memory: try fewer --workers") from None
     if isinstance(answer, EncodedChunk):
         return answer
     if answer.line:
         raise UserError(answer.line)
     raise RuntimeError(f"a tokenizing process failed:\n{answer.trace}")
+
+
+@contextlib.contextmanager
+def _death_told() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):  # the latter where it left something unread, or half an answer
+        raise UserError("a tokenizing process was killed, perhaps for lack of memory: try fewer --workers") from None
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started within it are born deaf to Ctrl-C; this one hears afterwards what came meanwhile.
+
+    By this thread's mask, which a new program inherits; the start of the tracker of `multiprocessing` would lift it.
+    """
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -83,7 +105,8 @@ def _started(source: Source, workers: int, tokenizer: Path | None) -> Iterator[l
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, source, tokenizer), daemon=True)
-            process.start()
+            with _without_interrupts():
+                process.start()
             theirs.close()
             stack.callback(process.join)
             stack.callback(process.terminate)

@@ -58,8 +58,8 @@ class ValLoss(ModelChoice):
                         f"shards of {name}: give a smaller --sequence-length"
                     )
             context = opened.context
-            context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir))
             vocab_size = opened.gpt.config.vocab_size
+            context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir, rows=vocab_size))
             byte_counts, said = context.run_on_main(lambda: find_byte_counts(self.data_dir, vocab_size))
             for line in said:
                 opened.warn(line)

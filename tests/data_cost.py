@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,10 @@ def measure(folder: Path, batches: int) -> dict[str, float]:
     config = TrainConfig(data_dir=folder, micro_batch_size=64, total_batch_size=524_288)
     plan = plan_batches(config, 1)
     windows = timed("open and check the data", lambda: open_sources(config, plan, Yardsticks())).train
-    with TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=1) as data:
+    with closing(TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=1)) as data:
         timed("first batch of a new run", data.next)
-    with TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=RESUMED_STEP) as data:
+    later = TrainData(windows, plan, rank=0, seed=1, device=torch.device("cpu"), first_step=RESUMED_STEP)
+    with closing(later) as data:
         timed(f"first batch at step {RESUMED_STEP:,}", data.next)
         told[WINDOWS] = timed(f"{batches} batches from there", read_on)
         data.seek(RESUMED_STEP + 1)

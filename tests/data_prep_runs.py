@@ -62,14 +62,14 @@ def refused(*arguments: object) -> str:
     return lines[0]
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
+def start(*arguments: object, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """Start it in a process group of its own, where SIGINT interrupts it, even if tests run behind a `&`."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         env=environment(NO_NETWORK),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.loader import ValidationData
@@ -19,6 +19,7 @@ from gpt2_ddp.evaluation.noise_scale import NoiseScale
 from gpt2_ddp.evaluation.reference import OnTrack, Reference, fitting
 from gpt2_ddp.evaluation.sampling import Sample
 from gpt2_ddp.evaluation.validation import ByteCounts, Validation, find_byte_counts
+from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.system.errors import UserError
 
 
@@ -81,6 +82,11 @@ def make_evaluations(
             )
         metrics = config.out_dir / "metrics.jsonl"
         yield NoiseScale(every=config.noise_scale_every, windows=train, plan=plan, seed=config.seed, metrics=metrics)
+
+
+def told_of_spikes(evaluations: Iterable[Evaluation], guard: SpikeGuard) -> tuple[Evaluation, ...]:
+    """`evaluations`, of which those that look at a step's data know by the run's own `guard` which is next."""
+    return tuple(replace(each, guard=guard) if isinstance(each, NoiseScale) else each for each in evaluations)
 
 
 def open_validation(config: TrainConfig, micro_batch_size: int) -> dict[str, ValidationData]:

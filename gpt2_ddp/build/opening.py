@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpt2_ddp.build.evaluations import told_of_spikes
 from gpt2_ddp.build.making import Made
 from gpt2_ddp.build.rules import learning_rates
 from gpt2_ddp.build.settling import Settled
@@ -41,7 +42,7 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         schedule=learning_rates(config),
         data=open_data(settled, context, first_step=state.step + state.guard.passed_over + 1),
         data_fingerprint=settled.sources.fingerprint,
-        evaluations=settled.sources.evaluations,
+        evaluations=told_of_spikes(settled.sources.evaluations, state.guard),
         log=log,
         profiler=StepProfiler(
             config.profiled_steps, config.out_dir / "profile", rank=context.rank, device=context.device

@@ -16,7 +16,6 @@ from torch import Tensor
 from gpt2_ddp.data.order import Indices
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.windows import Windows
-from gpt2_ddp.system.errors import OneRankError, user_error
 
 PREFETCH = 2
 """Steps that are read ahead of the one being computed."""
@@ -42,7 +41,7 @@ class StepBatch:
 
 
 class TrainData:
-    """The batches of one rank for its device, read ahead by a thread of its own, which ends with `close` or `with`."""
+    """The batches of one rank for its device, read ahead by a thread of its own, which ends with `close`."""
 
     def __init__(
         self, windows: Windows, plan: BatchPlan, *, rank: int, seed: int, device: torch.device, first_step: int
@@ -80,10 +79,6 @@ class TrainData:
         start = time.perf_counter()
         try:
             return self._ahead.popleft().result()
-        except (ValueError, OSError) as error:
-            if line := user_error(error):
-                raise OneRankError(line) from error
-            raise
         finally:
             self._waited, self._given = self._waited + time.perf_counter() - start, self._given + 1
 
@@ -101,12 +96,6 @@ class TrainData:
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> TrainData:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,9 @@ from gpt2_ddp.model.vocabulary import EOT, MOST_TOKENS, PADDED_VOCAB_SIZE, VOCAB
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 
-FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+FILE, SETTINGS, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.json"
+GPT2_VOCABULARY = "855ec41a9d90094ebb1189ee8082e915505cf2dfe0691a4f39da9c020f9476b2"
+"""SHA-256 of GPT-2's vocab.json with its tokens sorted: what it holds can be told without the tokenizer."""
 ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[SEP]")
 """Names under which tokenizers have what ends a text, where no file says which it is."""
 
@@ -150,15 +152,41 @@ def _find_end(file: Path, tokenizer: OwnTokenizer) -> int:
 
 
 def has_own(directory: Path) -> bool:
-    """Whether a model's directory has a tokenizer that is not GPT-2's: by its settings, or by the model's ids."""
-    if not (directory / FILE).is_file():
-        return False
+    """Whether a model's directory has a tokenizer that is not GPT-2's: by its settings, its ids or the model's.
+
+    Raises:
+        UserError: where it has no tokenizer.json, and the model's tokens cannot be GPT-2's.
+    """
     settings, config = directory / SETTINGS, directory / "config.json"
+    if not (directory / FILE).is_file():
+        _require_gpt2s(config, directory / VOCABULARY)
+        return False
     kind = read_json(settings).get("tokenizer_class") if settings.is_file() else None
     shape = read_json(config) if config.is_file() else {}
     rows, end = shape.get("vocab_size"), shape.get("eos_token_id")
     gpt2 = end in (None, EOT) and isinstance(rows, int) and VOCAB_SIZE <= rows <= PADDED_VOCAB_SIZE
-    return not (gpt2 and kind in (None, "GPT2Tokenizer", "GPT2TokenizerFast"))
+    if not gpt2 or kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast"):
+        return True
+    model = read_json(directory / FILE).get("model")
+    return not _is_gpt2s(model.get("vocab") if isinstance(model, dict) else None)
+
+
+def _require_gpt2s(config: Path, vocabulary: Path) -> None:
+    rows = read_json(config).get("vocab_size") if config.is_file() else None
+    if isinstance(rows, int) and rows < VOCAB_SIZE:
+        found = f"{rows} token embeddings, GPT-2's tokenizer has {VOCAB_SIZE} ids"
+    elif vocabulary.is_file() and not _is_gpt2s(read_json(vocabulary)):
+        found = f"a {VOCABULARY} that is not GPT-2's"
+    else:
+        return
+    raise UserError(
+        f"{config.parent} has {found}, and no {FILE} of its own: save it there with transformers' AutoTokenizer"
+    )
+
+
+def _is_gpt2s(vocabulary: object) -> bool:
+    """Whether the ids by their tokens, as a vocab.json has them, are GPT-2's."""
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest() == GPT2_VOCABULARY
 
 
 def named_eot(directory: Path) -> int | None:
@@ -169,7 +197,7 @@ def named_eot(directory: Path) -> int | None:
 
 
 def name_in(directory: Path) -> str:
-    """What a manifest would call the tokenizer of the model in a directory; nothing is loaded."""
+    """What a manifest would call the tokenizer of the model in a directory; nothing is loaded. Raises as `has_own`."""
     return digest_name((directory / FILE).read_bytes()) if has_own(directory) else "gpt2"
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from gpt2_ddp.data.order import Indices, shuffled
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.shards import OpenShard, Shard, check_tokens
-from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.errors import OneRankError, UserError, user_error
 
-OPEN_SHARDS = 128
-"""Shards that a reader keeps open: there can be more of them than files that a process may open."""
+OPEN_SHARDS = 104
+"""Shards that one read opens and the next finds open: those of 10 billion tokens, 100 million each.
+There can be more than files that a process may open, of which macOS allows 256."""
 
 
 class Windows:
@@ -48,17 +49,26 @@ class Windows:
         """The tokens of `windows` (n,) as int64 (n, sequence_length + 1).
 
         Raises:
-            UserError: where a token is past the vocabulary, naming the shard.
+            OneRankError: where a shard cannot be read or a token is past the vocabulary, naming the shard: other ranks
+                read other windows.
         """
         numbers = np.searchsorted(self._ends, windows, side="right")
         firsts = ((windows - self._begins[numbers]) * self.sequence_length).tolist()
-        opened = [self._opened(number) for number in numbers.tolist()]
         tokens = np.empty((len(windows), self.sequence_length + 1), "<u2")
-        for shard, first in zip(opened, firsts, strict=True):
-            shard.expect(first, tokens.shape[1])
-        for shard, first, row in zip(opened, firsts, tokens, strict=True):
-            shard.read(first, row)
-            check_tokens(shard.shard, row, first)
+        groups = np.unique(numbers, return_inverse=True)[1] // OPEN_SHARDS
+        try:
+            for group in range(groups.max(initial=-1) + 1):
+                opened = [(self._opened(numbers[at]), firsts[at], tokens[at]) for at in np.flatnonzero(groups == group)]
+                for shard, first, row in opened:
+                    shard.expect(first, len(row))
+                for shard, first, row in opened:
+                    shard.read(first, row)
+                    check_tokens(shard.shard, row, first)
+                del opened, shard  # or they would stay open while the next group is opened
+        except (ValueError, OSError) as error:
+            if line := user_error(error):
+                raise OneRankError(line) from error
+            raise
         return torch.from_numpy(tokens.astype(np.int64))
 
 

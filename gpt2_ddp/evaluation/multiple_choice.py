@@ -183,4 +183,4 @@ def _score_batch(model: GPT, batch: Sequence[_Tree], scores: Tensor) -> None:
         F.cross_entropy(model.logits(features[at]).float(), answer, reduction="none")
         for at, answer in zip(torch.split(read, HEAD_POSITIONS), torch.split(answers, HEAD_POSITIONS), strict=True)
     ]
-    scores.index_add_(0, slots.cpu(), -torch.cat(losses).double().cpu())
+    scores.index_add_(0, slots.cpu(), -torch.cat(losses).cpu().double())  # Apple's GPUs have no float64

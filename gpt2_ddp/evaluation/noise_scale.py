@@ -20,6 +20,7 @@ from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.interface import Findings
 from gpt2_ddp.model.gpt import GPT
+from gpt2_ddp.optim.spikes import SpikeGuard
 from gpt2_ddp.system.files import json_object
 
 DECAY = 0.9
@@ -110,7 +111,8 @@ class NoiseScale:
 
     The small batch is one sequence and the large one a step, so that the same is measured on any number of ranks with
     any micro-batch, and at the least memory. They are those that the order of the data gives the next step: to the
-    ones before, the weights are fitted. `metrics` is the run's metrics.jsonl on rank 0's disk.
+    ones before, the weights are fitted. `metrics` is the run's metrics.jsonl on rank 0's disk; `guard` knows the data
+    that the run has passed over.
     """
 
     name: ClassVar[str] = "noise_scale"
@@ -119,12 +121,14 @@ class NoiseScale:
     plan: BatchPlan
     seed: int
     metrics: Path
+    guard: SpikeGuard | None = None
 
     def run(
         self, model: GPT, context: DistContext, autocast: AbstractContextManager[object], *, step: int
     ) -> Findings | None:
         sequences, length = self.plan.sequences_per_step, self.plan.sequence_length
-        windows = self.windows.of_step(step + 1, count=sequences, seed=self.seed)
+        passed_over = self.guard.passed_over if self.guard else 0
+        windows = self.windows.of_step(step + passed_over + 1, count=sequences, seed=self.seed)
         tokens = self.windows.read(windows[self.plan.rank_sequences(context.rank)])
         small, big = squared_norms(model, tokens, context, autocast, sequences=sequences)
         if not context.is_main:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from data_prep.commands import Text
 from data_prep.encoding import OwnEncoder
+from data_prep.inspection import damage, inspect_split
 from data_prep.tokenizers import TrainTokenizer
 from eval.convert import Convert
 from eval.sample import Sample
@@ -29,6 +30,7 @@ from eval.val_loss import ValLoss
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data import own_tokenizer as own
 from gpt2_ddp.data.directory import find_shards
+from gpt2_ddp.data.manifest import read_manifest
 from gpt2_ddp.data.tokenizer import tokenizer_of_data, tokenizer_of_model
 from gpt2_ddp.data.windows import Windows
 from gpt2_ddp.evaluation.sampling import PROMPT, generate
@@ -198,7 +200,7 @@ def test_without_the_library(scene: Path, monkeypatch: pytest.MonkeyPatch) -> No
         lambda: tokenizer_of_data(scene / "data"),
         lambda: TrainTokenizer(paths=(str(scene / "text.jsonl"),), out=scene / "none").run(),
     ):
-        with pytest.raises(UserError, match=r'pip install "gpt2_ddp\[tokenizers\]"'):
+        with pytest.raises(UserError, match=r'pip install -e "\.\[tokenizers\]"'):
             attempt()
 
 
@@ -241,6 +243,23 @@ def test_every_id_of_sixteen_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         own.own_tokenizer(tmp_path / "out")
 
 
+def test_a_document_without_a_token_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not every tokenizer has one for blanks; what is left is what the manifest counts."""
+    words(10, "</s>").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("w1", " \n ", "", "w2 w3"))
+    )
+    tokenize_here(monkeypatch, OwnEncoder(tmp_path))
+    Text(paths=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", tokenizer=str(tmp_path), val_tokens=0).run()
+    assert split_tokens(tmp_path / "out", "train") == [10, 1, 10, 2, 3]
+    assert manifest(tmp_path / "out")["documents"] == {"train": 2, "val": 0}
+    assert "left out: 2 documents without text\n" in capsys.readouterr().out
+    split = inspect_split(tmp_path / "out", "train", tokenizer_of_data(tmp_path / "out"), 2)
+    assert damage([split], read_manifest(tmp_path / "out")) == []
+
+
 def test_what_begins_documents(tmp_path: Path) -> None:
     words(10, "").save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="name its token between documents as eos_token in"):
@@ -251,18 +270,6 @@ def test_what_begins_documents(tmp_path: Path) -> None:
     assert tokenizer.encode_ordinary("w4 w5") == [4, 5]
     with pytest.raises(UserError, match=r"'w3' of tokenizer\.json occurs in a text"):
         tokenizer.encode_ordinary("w2 w3")
-
-
-def test_gpt2s_own_files_are_gpt2s(tmp_path: Path) -> None:
-    """As the hub has them: a tokenizer.json, and a tokenizer_config.json that may say nothing."""
-    words(10, "<|endoftext|>").save(str(tmp_path / "tokenizer.json"))
-    shape = {"vocab_size": 50257, "eos_token_id": 50256}
-    for settings, rows, name in (({}, 50257, "gpt2"), ({"tokenizer_class": "GPT2Tokenizer"}, 50304, "gpt2"),
-                                 ({"tokenizer_class": "PreTrainedTokenizerFast"}, 50304, "sha256"),
-                                 ({}, 60000, "sha256")):  # fmt: skip
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        (tmp_path / "config.json").write_text(json.dumps(shape | {"vocab_size": rows}))
-        assert own.name_in(tmp_path).split(":")[0] == name
 
 
 def test_convert_keeps_it(scene: Path, tmp_path: Path) -> None:

@@ -92,11 +92,14 @@ def test_a_killed_worker_stops_the_run_and_leaves_it_resumable(
     corpus: Path, clean: dict[tuple[object, ...], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = start("text", corpus, "--out", out, *FRACTION)
+    process = start("text", corpus, "--out", out, *FRACTION, stderr=subprocess.PIPE)
     wait_until(lambda: len(finished(out)) >= 1)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     workers[0].kill()
-    assert process.wait(timeout=60) == 1
+    said = process.communicate(timeout=60)[1].decode().replace("\r", "\n").splitlines()
+    assert process.returncode == 2
+    assert said[-1] == "error: a tokenizing process was killed, perhaps for lack of memory: try fewer --workers"
+    assert not [line for line in said if "Traceback" in line]
     wait_until(lambda: group_is_empty(process.pid), timeout=20)
     prepare("text", corpus, "--out", out, *FRACTION)
     assert tree(out) == tree(clean[FRACTION])

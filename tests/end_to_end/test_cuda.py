@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def test_pinned_batches_are_the_same(data_dir: Path) -> None:
     plan = BatchPlan(micro_batch_size=2, sequence_length=16, total_batch_size=128)
     batches = []
     for device in (CUDA, torch.device("cpu")):
-        with TrainData(windows, plan, rank=0, seed=1, device=device, first_step=3) as data:
+        with closing(TrainData(windows, plan, rank=0, seed=1, device=device, first_step=3)) as data:
             batches.append(data.next())
     pinned, plain = batches
     assert pinned.tokens.is_pinned()

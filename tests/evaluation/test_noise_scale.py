@@ -25,11 +25,11 @@ STEPS = (4, 8, 12)
 EVERY = ("--noise-scale-every", "4")
 
 
-def from_single_gradients(run: Path, data_dir: Path, step: int) -> tuple[float, float]:
+def from_single_gradients(run: Path, data_dir: Path, step: int, passed_over: int = 0) -> tuple[float, float]:
     """|G|^2 as the mean product of two sequences' gradients, and their sample variance, per token; in float64."""
     model, windows = load_model(checkpoint(run, step)).double().eval(), token_windows(data_dir, "train", LENGTH)
     rows = []
-    for number in step_windows(step + 1, per_step=SEQUENCES, n=len(windows), seed=1337):
+    for number in step_windows(step + passed_over + 1, per_step=SEQUENCES, n=len(windows), seed=1337):
         sequence = torch.tensor([windows[number]])
         loss = F.cross_entropy(model(sequence[:, :-1]).flatten(0, 1), sequence[:, 1:].flatten())
         rows.append(torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))]))
@@ -69,6 +69,16 @@ def test_it_is_that_of_all_single_gradients_and_changes_no_bit(
     assert told[0]["tokens"] == pytest.approx(variance_4 / norm_4, rel=near)
     assert told[-1]["tokens"] == pytest.approx(average, rel=near)
     assert f"step 12 | gradient noise scale: {told[-1]['tokens']:.0f} tokens; a step has 64\n" in done.stdout
+
+
+def test_after_a_spike_it_is_of_data_that_is_still_to_come(data_dir: Path, tmp_path: Path) -> None:
+    """The data of steps 21 to 23 was passed over, so that step 31 is of what is number 34 in the order."""
+    flags = ("--spike-guard", "6", "--max-steps", "32", "--checkpoint-every", "5", "--noise-scale-every", "10")
+    faults = {"spike": {"steps": (23,), "factor": 5}}
+    warm.train(tmp_path / "run", data_dir, *flags, faults=faults)
+    [event] = [event for event in metrics(tmp_path / "run", "noise_scale") if event["step"] == 30]
+    expected = from_single_gradients(tmp_path / "run", data_dir, 30, passed_over=3)
+    assert (event["squared_norm"], event["variance"]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_takes_the_memory_of_a_training_step_of_one_sequence() -> None:
