@@ -173,10 +173,12 @@ def has_own(directory: Path) -> bool:
 
 def _require_gpt2s(config: Path, vocabulary: Path) -> None:
     rows = read_json(config).get("vocab_size") if config.is_file() else None
-    if isinstance(rows, int) and rows < VOCAB_SIZE:
-        found = f"{rows} token embeddings, GPT-2's tokenizer has {VOCAB_SIZE} ids"
-    elif vocabulary.is_file() and not _is_gpt2s(read_json(vocabulary)):
+    if vocabulary.is_file():
+        if _is_gpt2s(read_json(vocabulary)):
+            return
         found = f"a {VOCABULARY} that is not GPT-2's"
+    elif isinstance(rows, int) and rows < VOCAB_SIZE:
+        found = f"{rows} token embeddings, GPT-2's tokenizer has {VOCAB_SIZE} ids"
     else:
         return
     raise UserError(

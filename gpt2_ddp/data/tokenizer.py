@@ -128,10 +128,11 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def require_same_tokenizer(directory: Path, data_dir: DataDir, *, rows: int | None = None) -> None:
-    """Check that the tokens of the model in `directory` are those of the shards in `data_dir`.
+    """Check that the tokens of the model in `directory` are those of the shards in `data_dir`, as far as both tell.
 
-    A loss needs no tokenizer of the model's. Who wants no more than that gives its token embeddings, `rows`: where it
-    is not there, the data's own is taken for it if it has as many ids, padding included or not.
+    Where the model has no tokenizer, and GPT-2's cannot be its, data without a manifest is taken for its own. So is,
+    for a loss, which needs no tokenizer, a tokenizer of the data's with as many ids as the model has token embeddings,
+    `rows`, padding included or not.
 
     Raises:
         UserError: where they are not, and as `name_in`.
@@ -141,9 +142,9 @@ def require_same_tokenizer(directory: Path, data_dir: DataDir, *, rows: int | No
     try:
         ours = name_in(directory)
     except UserError:
-        if manifest and theirs != "gpt2" and rows in (manifest.vocabulary.size, manifest.vocabulary.padded):
-            return
-        raise
+        if manifest and (theirs == "gpt2" or rows not in (manifest.vocabulary.size, manifest.vocabulary.padded)):
+            raise
+        return
     if ours != theirs:
         raise UserError(
             f"{directory} reads the tokens of {ours[:15]}, and those in {first} are of {theirs[:15]}: prepare the "

@@ -162,7 +162,7 @@ def test_what_the_device_still_computes_counts_as_steps(monkeypatch: pytest.Monk
         clock["now"] = max(clock.values())
 
     monkeypatch.setattr("time.perf_counter", lambda: clock["now"])
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronize)
     timer = StepTimer(torch.device("cuda", 1))
     for heavy in (False, True, False, False):
         give(2.0)
