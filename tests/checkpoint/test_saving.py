@@ -103,16 +103,6 @@ def test_a_last_save_that_fails_is_a_failure(clean: Path, data_dir: Path, tmp_pa
     assert [entry["step"] for entry in metrics(out_dir)] == list(range(1, 13))
 
 
-def test_a_last_save_that_fails_ends_all_ranks(data_dir: Path, tmp_path: Path) -> None:
-    """torchrun then starts again from the checkpoint before, and the disk has space."""
-    out_dir = tmp_path / "run"
-    failing = {"no_space": {"steps": [12], "once": True}}
-    done = warm.train_ranks(2, out_dir, data_dir, "--reproducible", faults=failing, torchrun=["--max-restarts=1"])
-    assert "the last checkpoint, of step 12, is not saved" in done.stderr
-    assert faults(checkpoint(out_dir, 12)) == []
-    assert status(out_dir)["state"] == "finished"
-
-
 def test_a_save_holds_one_snapshot_and_the_writer_one_tensor_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,10 +67,8 @@ def test_a_signal_to_one_rank_stops_all(
 ) -> None:
     out_dir = tmp_path / "run"
     flags = (*SAME, "--val-every", "3", "--val-tokens", "64")
-    running = warm.start_ranks(2, out_dir, data_dir, *flags, faults={"hold": {**place, "rank": rank}})
-    os.kill(held(out_dir), number)
-    done = warm.finish(running)
-    assert done.returncode == 0, done.stderr
+    hold = {"hold": {**place, "rank": rank}}
+    warm.fork_ranks(2, out_dir, data_dir, *flags, faults=hold, meanwhile=lambda: os.kill(held(out_dir), number))
     check_stopped_and_finish(out_dir, data_dir, clean, step=int(str(place["step"])), reason=number.name)
 
 
@@ -85,12 +83,14 @@ def test_a_signal_to_torchrun_stops_all(clean: Path, data_dir: Path, tmp_path: P
 
 def test_a_file_stops_all(clean: Path, data_dir: Path, tmp_path: Path) -> None:
     out_dir = tmp_path / "run"
-    running = warm.start_ranks(2, out_dir, data_dir, *SAME, faults={"hold": {"where": "step", "step": 6, "rank": 1}})
-    held(out_dir)
-    (out_dir / "stop").touch()
-    go(out_dir)
-    done = warm.finish(running)
-    assert done.returncode == 0, done.stderr
+
+    def ask() -> None:
+        held(out_dir)
+        (out_dir / "stop").touch()
+        go(out_dir)
+
+    hold = {"hold": {"where": "step", "step": 6, "rank": 1}}
+    warm.fork_ranks(2, out_dir, data_dir, *SAME, faults=hold, meanwhile=ask)
     check_stopped_and_finish(out_dir, data_dir, clean, step=6, reason="stop file")
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,13 +182,13 @@ def train_ranks(nproc: int, out_dir: Path, data_dir: Path, *more: str, status: i
 
 
 def fork_ranks(
-    nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, status: int = 0
+    nproc: int, out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = None, status: int = 0, **options: Any
 ) -> Ended:
     """Train on forked ranks, which find torchrun's variables and store, until each has ended with `status`.
 
     For what ranks compute together. What torchrun does, to start, restart and end them, takes torchrun: `train_ranks`.
     """
-    return fork_trainers(nproc, flags(out_dir, data_dir, *more), faults=faults, status=status)
+    return fork_trainers(nproc, flags(out_dir, data_dir, *more), faults=faults, status=status, **options)
 
 
 def fork_small(out_dir: Path, data_dir: Path, *more: str, nproc: int = 0) -> Ended:
@@ -207,8 +207,18 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = None, status: int = 0) -> Ended:
-    """As `fork_ranks`, by a trainer's own flags; what all ranks said, one rank after the other."""
+def fork_trainers(
+    nproc: int,
+    argv: Sequence[str],
+    *,
+    faults: Faults | None = None,
+    status: int = 0,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Ended:
+    """As `fork_ranks`, by a trainer's own flags; what all ranks said, one rank after the other.
+
+    `meanwhile` is done while they run.
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {
         "TORCHELASTIC_RUN_ID": "forked",
@@ -222,6 +232,7 @@ def fork_trainers(nproc: int, argv: Sequence[str], *, faults: Faults | None = No
     trainers = [start_forked(argv, faults=faults, env=place) for place in places]
     bound = threading.Timer(240, lambda: [kill(trainer.pid) for trainer in trainers])  # ranks wait for each other
     bound.start()
+    meanwhile()
     ended = [trainer.wait() for trainer in trainers]
     bound.cancel()
     for rank, done in enumerate(ended):

@@ -127,24 +127,6 @@ def test_sigterm_stops_with_a_checkpoint_and_the_run_goes_on(
     assert [begun["step"] for begun in starts] == [0, stopped["step"]]
 
 
-def test_a_stop_file_stops_all_ranks_at_one_step(clean_run: CleanRun, data_dir: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "run"
-    process = start(out_dir, data_dir, nproc=2)
-    try:
-        wait_until(lambda: steps(out_dir) >= 2 or process.poll() is not None)
-        (out_dir / "stop").touch()
-        process.communicate(timeout=120)
-    finally:
-        end(process)
-    assert process.returncode == 0  # under torchrun, so that nothing is restarted
-    assert status(out_dir)["state"] == "stopped"
-    assert 2 <= status(out_dir)["step"] < 20
-    assert not (out_dir / "stop").exists()
-    assert faults(checkpoint(out_dir, status(out_dir)["step"])) == []
-    warm.fork_small(out_dir, data_dir, nproc=2)
-    assert_same_run(out_dir, clean_run(nproc=2))
-
-
 def test_four_ranks_killed_at_step_10_end_at_the_same_weights(
     clean_run: CleanRun, data_dir: Path, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ SHORT = (
 @pytest.mark.skipif(
     not (ROOT / ".venv" / "installed-test").exists(), reason="bash tests/run.sh makes the .venv that local.sh needs"
 )
-def test_local_goes_from_text_to_a_sample_and_can_be_run_again(tmp_path: Path) -> None:
+def test_local_goes_from_text_to_a_sample(tmp_path: Path) -> None:
     environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "RUN_DIR": str(tmp_path / "run")}
     command = ["bash", ROOT / "launch" / "local.sh", *SHORT]
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -50,12 +50,6 @@ def test_local_goes_from_text_to_a_sample_and_can_be_run_again(tmp_path: Path) -
     assert "finished at step 3 of 3" in report.read_text()
     assert "The import statement" in first.stdout
     assert "at step 1, " in first.stdout
-    weights = tmp_path / "run" / "checkpoints" / "step_00000003" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "nothing to do" in again.stdout
-    assert weights.stat().st_mtime_ns == before
 
 
 def test_the_first_command_is_less_than_a_minute_of_work_and_fits_eight_ranks() -> None:
