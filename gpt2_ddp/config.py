@@ -59,8 +59,8 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for everything else."""
     muon_lr: float = 4e-3
-    """Muon's own --max-lr, in AdamW's units, as the sweep in docs/experiments.md chose it; it follows the same --schedule.
-    There everything else, at --max-lr, wanted the same rate."""
+    """Muon's own --max-lr, in AdamW's units, by the sweep in docs/experiments.md; it follows the same --schedule. There
+    everything else, at --max-lr, wanted as high a rate."""
     muon_momentum: float = 0.95
     """Muon's momentum (Nesterov's)."""
     muon_momentum_warmup: int = 300

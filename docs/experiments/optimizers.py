@@ -198,9 +198,14 @@ def draw(out: Path, groups: dict[str, list[Flags]]) -> None:
             look = {"color": {"AdamW": "C0", "Muon": "C1"}[optimizer], "lw": 1.4 if whole else 0.7, "label": label}
             axes.plot(steps, losses, {"linear": "-", "cosine": "--", "wsd": ":"}[flags["schedule"]], **look)
             if not whole and flags is members[0] and losses:
-                axes.annotate(f"whole runs of {flags['max-steps']}", (steps[-1], losses[-1]), (-6, -14), fontsize=8,
+                axes.annotate(f"{flags['max-steps']} steps", (steps[-1], losses[-1]), (-6, -14), fontsize=8,
                               textcoords="offset points", ha="right")  # fmt: skip
-    axes.set(xlabel="step", ylabel="validation loss, nats a token", title="Three seeds of each")
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss, nats a token",
+        title="Three seeds of each; thin: whole runs of fewer steps",
+        xlim=(0, 1.02 * STEPS),
+    )
     axes.legend()
     plt.savefig(out / "curves.png", dpi=120, bbox_inches="tight")
 
