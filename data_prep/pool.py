@@ -86,7 +86,8 @@ def _death_told() -> Iterator[None]:
 def _without_interrupts() -> Iterator[None]:
     """Processes started within it are born deaf to Ctrl-C; this one hears afterwards what came meanwhile.
 
-    By this thread's mask, which a new program inherits; the start of the tracker of `multiprocessing` would lift it.
+    It alone decides what an interrupt means. By this thread's mask, which a new program inherits; the start of the
+    tracker of `multiprocessing` would lift it.
     """
     multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -117,7 +118,6 @@ def _started(source: Source, workers: int, tokenizer: Path | None) -> Iterator[l
 
 
 def _work(connection: Connection, source: Source, tokenizer: Path | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone decides what an interrupt means
     encoder = encoder_for(tokenizer)
     with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         while True:

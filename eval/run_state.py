@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from gpt2_ddp.system.files import read_json
+from gpt2_ddp.system.files import TIME_FORMAT, read_json
 
 
 def died(run: Path) -> str | None:
@@ -19,7 +19,7 @@ def died(run: Path) -> str | None:
     try:
         status = read_json(run / "status.json")
         running = status["state"] == "running" and status["host"] == socket.gethostname()
-        pid, written = int(status["pid"]), datetime.strptime(status["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        pid, written = int(status["pid"]), datetime.strptime(status["time"], TIME_FORMAT).timestamp()
     except (OSError, ValueError, KeyError, TypeError):  # no run, an older one, or a file that is not ours
         return None
     if not running:

@@ -22,7 +22,7 @@ from gpt2_ddp.metrics.log import StepMetrics, memory_mb
 from gpt2_ddp.metrics.timer import StepTimer
 from gpt2_ddp.run import Run
 from gpt2_ddp.system.checkout import commit_and_diff
-from gpt2_ddp.system.files import read_json, replace_file
+from gpt2_ddp.system.files import TIME_FORMAT, read_json, replace_file
 from gpt2_ddp.system.hardware import peak_flops
 
 
@@ -47,7 +47,7 @@ def note_start(run: Run) -> None:
     if diff:
         replace_file(run.config.out_dir / f"uncommitted_{run.state.step}.diff", diff)
     start = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime(TIME_FORMAT),
         "step": run.state.step,
         "argv": sys.argv,
         "host": socket.gethostname(),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv and install the project with the tested versions: bash launch/setup.sh [EXTRA,...]
-# Does nothing where that was done with the same setup.cfg and constraints. $PYTHON chooses another python3 for a new .venv.
+# Does nothing where that was done with the same setup.cfg and constraints. For a new .venv $PYTHON chooses another
+# python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-offline,plot,report}
@@ -37,11 +38,11 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; the
   echo "setup: the tested versions need Python 3.11 or later; on this one the newest that fit are taken"
   constraints=()
 fi
-pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
-"${pip[@]}" install --upgrade pip || true # the one beside an older Python takes half as long again
+pip=(.venv/bin/python -m pip -qq --disable-pip-version-check) # errors are told; newer ones warn of what is meant so
+"${pip[@]}" install --upgrade pip || true # those beside older Pythons are slower
 "${pip[@]}" install --no-compile ${constraints[@]+"${constraints[@]}"} -e ".[$extras]"
-# Of 20,000 files 4,000 are ever imported. These are kept compiled, also where Python is told to keep nothing: each
-# start would compile them anew.
+# Few of the files are ever imported. These are kept compiled, also where Python is told to keep nothing: each start
+# would compile them anew.
 PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c 'import torch._inductor.compile_fx, torch.distributed.run
 import data_prep.__main__, eval.__main__, gpt2_ddp.train'
 echo "$wanted" >".venv/installed-$extras"

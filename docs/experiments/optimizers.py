@@ -203,7 +203,7 @@ def draw(out: Path, groups: dict[str, list[Flags]]) -> None:
     axes.set(
         xlabel="step",
         ylabel="validation loss, nats a token",
-        title="Three seeds of each; thin: whole runs of fewer steps",
+        title="A line for each seed; thin: whole runs of fewer steps",
         xlim=(0, 1.02 * STEPS),
     )
     axes.legend()

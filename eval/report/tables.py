@@ -133,7 +133,7 @@ def settings(record: Record) -> dict[str, Any]:
 
 
 def differences(records: Sequence[Record]) -> str:
-    """The settings in which the runs differ, those aside of where they lie; nothing for a single run."""
+    """The settings in which the runs differ, but where they lie and how they were started; nothing for a single run."""
     if len(records) < 2:
         return ""
     rows = [row for row in _settings(records, lambda _, value: cell(value)) if len(set(row[1:])) > 1]
@@ -166,8 +166,8 @@ def starts(records: Sequence[Record]) -> str:
         for place, start in enumerate(record.starts, start=1):
             argv = start.get("argv")
             command = " ".join(map(str, argv)) if isinstance(argv, list) else ""
-            told = [cell(start[name]) if name in start else "" for name in ("step", "host")]
-            told.insert(1, cell(str(start.get("time", "")).replace("T", " ")))
+            shown: dict[str, Any] = {**start, "time": str(start.get("time", "")).replace("T", " ")}
+            told = [cell(shown[name]) if name in shown else "" for name in ("step", "time", "host")]
             program = [f"{name} {str(start[name])[:12]}" for name in ("python", "torch", "commit") if start.get(name)]
             dtype = str(start.get("dtype", "")).removeprefix("torch.")
             last = [cell(hardware(start)), cell(dtype), cell(", ".join(program)), f"<code>{cell(command)}</code>"]

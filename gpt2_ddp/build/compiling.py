@@ -63,5 +63,5 @@ def fitting(plan: BatchPlan) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise OneRankError(
             f"a micro-batch of {plan.micro_batch_size} sequences does not fit into the GPU's memory: take a smaller "
-            "--micro-batch-size (auto takes that of the start before) or --activation-checkpointing"
+            "--micro-batch-size, or --activation-checkpointing; for a new run auto finds the largest"
         ) from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,45 +18,43 @@ from gpt2_ddp.checkpoint.state import Found, read_state
 from gpt2_ddp.config import TrainConfig, flag
 from gpt2_ddp.data.sources import shown
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.files import read_json
+from gpt2_ddp.system.files import TIME_FORMAT, read_json
 from gpt2_ddp.system.precision import DTYPES
 
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
-"""Of the starts in config.json."""
 FIXED_FIELDS = ("model", "vocab_size", "seed", "sequence_length", "total_batch_size", "optimizer")
 """What must not change within a run, beside the data itself."""
 
 
-def settle_resume(config: TrainConfig) -> TrainConfig:
-    """`config`, with `auto` where this start goes on with what an earlier one with this `--resume` began.
+def settle_resume(config: TrainConfig) -> str:
+    """`--resume`, or `auto` where this start goes on with what an earlier one with that `--resume` began. For rank 0.
 
     So does the same command where `--resume` names a checkpoint: what was trained since counts. Under `never`, which is
     to refuse what an earlier command left, so does only a restart by this torchrun, or a job that was queued again.
     """
     file = config.out_dir / "config.json"
     if config.resume == "auto" or not file.exists():
-        return config
+        return config.resume
     starts = read_json(file).get("starts")
     last = starts[-1] if isinstance(starts, list) and starts else None
     if not isinstance(last, dict) or last.get("argv") != sys.argv:
-        return config
+        return config.resume
     if config.resume == "never":
         goes_on = was_restarted(str(last.get("time")))
     else:
         goes_on = bool(checkpoints(config.out_dir / "checkpoints"))
-    return replace(config, resume="auto") if goes_on else config
+    return "auto" if goes_on else config.resume
 
 
 def was_restarted(time_of_start: str) -> bool:
     """Whether the start at this time, as config.json has it, was of this torchrun or SLURM job as well."""
     by_slurm, by_torchrun = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
-    if by_torchrun == "0":
+    if by_slurm != "0" or by_torchrun == "0":
         return by_slurm != "0"
     torchrun = psutil.Process(os.getppid())
     try:
         return torchrun.create_time() < datetime.strptime(time_of_start, TIME_FORMAT).timestamp() + 1
     except ValueError:
-        return by_slurm != "0"
+        return False
 
 
 def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:

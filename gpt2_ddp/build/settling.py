@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
     """
     hardware = found_hardware(context.device)
     manifests = context.run_on_main(lambda: read_manifests(config.data_dir))
-    config = settle_vocabulary(settle_resume(config), manifests)
+    config = settle_vocabulary(replace(config, resume=context.run_on_main(lambda: settle_resume(config))), manifests)
     config, said_of_validation = settle_validation(config, manifests)
     dtype, said_of_dtype = settle_dtype(config, context, hardware)
     precision = Precision.of(dtype, context.device)

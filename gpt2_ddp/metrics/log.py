@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt2_ddp.system.cli import tell
-from gpt2_ddp.system.files import json_object, read_json, replace_file
+from gpt2_ddp.system.files import TIME_FORMAT, json_object, read_json, replace_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ class FileLog:
         print(text, flush=True)
 
     def event(self, name: str, *, step: int, **values: Any) -> None:
-        line = {"event": name, "step": step} | {key: _finite(value) for key, value in values.items()}
-        self._unwritten += json.dumps(line, allow_nan=False).encode() + b"\n"
+        told = json.dumps({"event": name, "step": step} | values)
+        self._unwritten += json.dumps(json.loads(told, parse_constant=lambda _: None)).encode() + b"\n"
         self._write()
         for board in self._boards:
             board.add(name, step, values)
@@ -130,7 +130,7 @@ class FileLog:
             return
         for board in self._boards:
             board.stand(state, step, values)
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        now = time.strftime(TIME_FORMAT)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
         try:
             replace_file(file, json.dumps({"state": state, "step": step} | values | who) + "\n")
@@ -149,10 +149,6 @@ class FileLog:
         self._file.close()
         for board in self._boards:
             board.close()
-
-
-def _finite(value: Any) -> Any:
-    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def cut_metrics(path: Path, last_step: int) -> None:

@@ -30,6 +30,8 @@ NO_RENAME = UNKNOWN_CALL | {
 }
 """Answers where there is no renaming over a file, or of a folder (EXDEV from overlays), or none at all."""
 
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
+"""Of the times in JSON files, in local time."""
 MAX_JSON_BYTES = 16 << 20
 """More than any JSON file of ours has, a vocabulary's 1 MB among them."""
 

@@ -15,12 +15,12 @@ from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
 from gpt2_ddp.build.prolonging import rate_jump
-from gpt2_ddp.build.resume import TIME_FORMAT, saved_dtype, was_restarted
+from gpt2_ddp.build.resume import saved_dtype, was_restarted
 from gpt2_ddp.build.settling import require_room
 from gpt2_ddp.checkpoint.choice import named
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.optim.schedules import Cosine
-from gpt2_ddp.system.files import read_json
+from gpt2_ddp.system.files import TIME_FORMAT, read_json
 
 
 @pytest.fixture(scope="module")
