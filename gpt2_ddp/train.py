@@ -13,7 +13,6 @@ from contextlib import ExitStack
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.profiler import record_function
 
 from gpt2_ddp.build import build_run
 from gpt2_ddp.build.config_file import parse_flags
@@ -49,7 +48,7 @@ def train(run: Run) -> str:
     stopping = False
     while state.step < config.max_steps and not stopping:
         run.profiler.before(state.step + 1, run.log.say, timer)
-        with record_function("data"):
+        with run.profiler.region("data"):
             batch = run.data.next()
         result = train_step(run, batch)
         if state.guard.sees_spike(result.loss):
@@ -86,17 +85,17 @@ def train_step(run: Run, batch: StepBatch) -> StepResult:
         if config.dropout:
             torch.manual_seed(dropout_seed(run, batch.step, micro_step))
         with run.reduction.micro_step(micro_step):
-            with record_function("forward"), run.precision.autocast():
+            with run.profiler.region("forward"), run.precision.autocast():
                 loss = run.train_model(ids, targets)
-            with record_function("backward"):
+            with run.profiler.region("backward"):
                 scaler.scale(loss * run.reduction.weight).backward()
         run.reduction.add(loss.detach())
         run.context.note_progress()
-    with record_function("reduction"):
+    with run.profiler.region("reduction"):
         mean_loss = run.reduction.finish()
     lr = run.schedule.rate(run.state.step + 1)
     updates.set_learning_rate(run.optimizer, lr)
-    with record_function("update"):
+    with run.profiler.region("update"):
         norm, skipped = updates.apply_update(
             run.optimizer,
             scaler,

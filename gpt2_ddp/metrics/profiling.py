@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpt2_ddp.metrics.timer import StepTimer
 
@@ -17,8 +18,8 @@ ROWS = 20
 class StepProfiler:
     """Records steps; every rank writes a trace of its own. Recording slows them down, and nothing else.
 
-    The loop names its parts by `torch.profiler.record_function`: data, forward, backward, reduction, update. What DDP
-    sums while a backward pass runs lies within that pass.
+    The loop names its parts by `region`: data, forward, backward, reduction, update. What DDP sums while a
+    backward pass runs lies within that pass.
     """
 
     def __init__(self, steps: range, directory: Path, *, rank: int, device: torch.device) -> None:
@@ -37,6 +38,10 @@ class StepProfiler:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
             self._profile = profile(activities=activities)
             self._profile.start()
+
+    def region(self, name: str) -> AbstractContextManager[object]:
+        """A part of a step, under its name in the trace; where nothing is recorded it costs nothing."""
+        return nullcontext() if self._profile is None else record_function(name)
 
     def end(self, say: Callable[[str], None]) -> None:
         """Write what was recorded, also where the run ends within the steps.
