@@ -91,9 +91,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        with torch.device("meta"):  # PyTorch's own initialisation would be thrown away
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        with torch.device("meta"):  # PyTorch's own initialisation would be thrown away, and import the compiler
+            self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+            self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
             self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
             self.ln_f = nn.LayerNorm(config.n_embd)
         if torch.device(device).type != "meta":
