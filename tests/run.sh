@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test
 # Each process would compile the project anew where Python is told to keep nothing, as in some containers.
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+  PYTHONDONTWRITEBYTECODE=
 
 failed=
 check() {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NoReturn, cast
 import pytest
 import torch
 from drivers import warm
-from running import environment, final_hashes, python
+from running import final_hashes
 from torch import nn
 
 from gpt2_ddp.build import build_run
@@ -83,9 +82,7 @@ with open_context("cpu") as context:
 def test_a_shortage_on_one_rank_counts_for_all(tmp_path: Path) -> None:
     script = tmp_path / "shortage.py"
     script.write_text(FAKE_SHORTAGE)
-    told = subprocess.run(
-        [*python(2), str(script)], env=environment(), capture_output=True, text=True, check=True, timeout=120
-    )
+    told = warm.fork_program(str(script), nproc=2)
     assert sorted(told.stdout.split("\n"))[1:] == ["rank 0 takes 4", "rank 1 takes 4"]
 
 

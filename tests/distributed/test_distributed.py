@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from drivers import warm
-from running import ROOT, SMALL, python, run, train_command
+from running import ROOT, SMALL, train_command
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -186,14 +186,12 @@ assert not dist.is_initialized()
 def test_what_the_ranks_say_to_each_other(tmp_path: Path) -> None:
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES)
-    done = run([*python(2), str(script)], timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = warm.fork_program(str(script), nproc=2)
     assert sorted(done.stdout.splitlines()) == ["rank 0 is through", "rank 1 is through"]
 
 
 def test_a_rank_without_a_disk_is_given_everything_and_holds_it_once(tmp_path: Path) -> None:
-    done = run([*python(2), str(ROOT / "tests" / "drivers" / "two_disks.py"), str(tmp_path)], timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = warm.fork_program(str(ROOT / "tests" / "drivers" / "two_disks.py"), str(tmp_path), nproc=2)
     assert sorted(done.stdout.splitlines()) == ["rank 0 is through", "rank 1 is through"]
 
 

@@ -40,7 +40,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_restarts(shared_folder: Path, da
 def test_a_rank_that_others_wait_for_is_named(data_dir: Path, tmp_path: Path) -> None:
     """It lives, and does not get on."""
     held = {"hold": {"where": "step", "step": 6, "rank": 1}}
-    done = warm.train_ranks(2, tmp_path / "run", data_dir, "--timeout", "4", faults=held, status=1)
+    done = warm.fork_ranks(2, tmp_path / "run", data_dir, "--timeout", "4", faults=held, status=1)
     line = f"the run stands still: rank 1 on {socket.gethostname()} holds up the others"
     assert f"error: {line}\n" in done.stderr
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["error"]) == ("failed", line)

@@ -4,7 +4,7 @@ The environment variable FAULTS holds a JSON object: names of functions in fault
 and their arguments.
 The trainer has one more model, `gpt2-tiny`, whose steps take milliseconds. With `--serve` the process reads requests on
 its standard input and forks a trainer for each: a real process with an exit status and signals, without the seconds
-that importing torch takes.
+that importing torch takes. So it does with other programs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable
@@ -42,14 +43,25 @@ def run(argv: list[str], faults: dict[str, Any]) -> None:
     cli.run(train.main)
 
 
+def run_program(words: list[str]) -> None:
+    """Do as `python WORDS` would: a script and its arguments, or `-m` and a module."""
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
 def leave(main: Callable[[], None]) -> None:
     """End this process as `main` would, without taking the interpreter down, which costs more than a run."""
-    status = 1
+    status = 0
     try:
         main()
     except SystemExit as ended:
         status = int(ended.code or 0)
     except BaseException:
+        status = 1
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -57,7 +69,10 @@ def leave(main: Callable[[], None]) -> None:
 
 
 def serve() -> None:
-    """Answer each request, one line of JSON: `argv`, `faults`, `env`, `output`, `console` start one, `wait` waits."""
+    """Answer each request, one line of JSON: `argv`, `faults`, `env`, `output`, `console` start one, `wait` waits.
+
+    With `program` these words of a Python's command line are run in the place of the trainer.
+    """
     tokenizer_files()  # which stay with each child
     gc.freeze()  # else each child would copy all of this process's objects when it looks for garbage
     for line in sys.stdin:
@@ -75,6 +90,8 @@ def serve() -> None:
                 descriptor = os.open(path, mode | os.O_CREAT | os.O_TRUNC)
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+            if request["program"]:
+                leave(lambda words=request["program"]: run_program(words))
             leave(lambda request=request: run(request["argv"], request["faults"]))
         print(answer, flush=True)
 

@@ -113,11 +113,17 @@ def start(out_dir: Path, data_dir: Path, *more: str, faults: Faults | None = Non
 
 
 def start_forked(
-    argv: Sequence[str], *, faults: Faults | None = None, console: str = "", env: Mapping[str, str] | None = None
+    argv: Sequence[str] = (),
+    *,
+    program: Sequence[str] = (),
+    faults: Faults | None = None,
+    console: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> Trainer:
-    """As `start`, by a trainer's own flags."""
+    """As `start`, by a trainer's own flags; or another `program`, by what follows `python` on its command line."""
     output = Path(tempfile.mkdtemp()) / "output"
-    pid = ask(argv=list(argv), faults=faults or {}, env=dict(env or {}), output=str(output), console=console)
+    words = {"argv": list(argv), "program": list(program)}
+    pid = ask(**words, faults=faults or {}, env=dict(env or {}), output=str(output), console=console)
     return Trainer(pid=pid, output=output)
 
 
@@ -191,14 +197,14 @@ def fork_ranks(
     return fork_trainers(nproc, flags(out_dir, data_dir, *more), faults=faults, status=status, **options)
 
 
-def fork_small(out_dir: Path, data_dir: Path, *more: str, nproc: int = 0) -> Ended:
-    """The run of `running.train`, in one forked process or in forked ranks; each must end with 0."""
-    argv = train_command(out_dir, data_dir, *more)[3:]
-    if nproc:
-        return fork_trainers(nproc, argv)
-    done = start_forked(argv).wait()
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+def fork_small(out_dir: Path, data_dir: Path, *more: str, nproc: int = 0, status: int = 0) -> Ended:
+    """The run of `running.train`, in one forked process or in forked ranks; each must end with `status`."""
+    return fork_trainers(nproc, train_command(out_dir, data_dir, *more)[3:], status=status)
+
+
+def fork_program(*words: str, nproc: int = 0, env: Mapping[str, str] | None = None) -> Ended:
+    """What `python WORDS` would do, in one forked process or in forked ranks; each must end with 0."""
+    return fork_trainers(nproc, program=words, env=env)
 
 
 def kill(pid: int) -> None:
@@ -209,13 +215,17 @@ def kill(pid: int) -> None:
 
 def fork_trainers(
     nproc: int,
-    argv: Sequence[str],
+    argv: Sequence[str] = (),
     *,
+    program: Sequence[str] = (),
     faults: Faults | None = None,
     status: int = 0,
     meanwhile: Callable[[], object] = lambda: None,
+    env: Mapping[str, str] | None = None,
 ) -> Ended:
-    """As `fork_ranks`, by a trainer's own flags; what all ranks said, one rank after the other.
+    """As `fork_ranks`, by a trainer's own flags or of another `program`; what all ranks said, rank by rank.
+
+    For `nproc` 0 it is one process that knows of no ranks.
 
     `meanwhile` is done while they run.
     """
@@ -227,9 +237,10 @@ def fork_trainers(
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
+        **(env or {}),
     }
-    places = [torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)]
-    trainers = [start_forked(argv, faults=faults, env=place) for place in places]
+    places = [torchrun | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc)] or [env or {}]
+    trainers = [start_forked(argv, program=program, faults=faults, env=place) for place in places]
     bound = threading.Timer(240, lambda: [kill(trainer.pid) for trainer in trainers])  # ranks wait for each other
     bound.start()
     meanwhile()

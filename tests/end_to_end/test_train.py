@@ -25,7 +25,6 @@ from running import (
     start,
     status,
     steps,
-    train,
     tree,
     wait_until,
 )
@@ -120,7 +119,7 @@ def test_sigterm_stops_with_a_checkpoint_and_the_run_goes_on(
     assert metrics(out_dir, "stop")[-1]["reason"] == "SIGTERM"
     assert said.splitlines()[-1].startswith(f"stopped at step {stopped['step']} of 20")
 
-    again = train(out_dir, data_dir)
+    again = warm.fork_small(out_dir, data_dir)
     assert f"from {checkpoint(out_dir, stopped['step'])} at step {stopped['step']}" in again.stdout
     assert_same_run(out_dir, clean_run())
     starts = json.loads((out_dir / "config.json").read_text())["starts"]
@@ -203,7 +202,7 @@ def test_faster_ways_to_the_same_losses(
 ) -> None:
     flags = ["--max-steps=3", "--val-every=2", "--val-tokens=160", "--sample-every=3", "--total-batch-size=64"]
     plain, fast = clean_run(*flags), tmp_path / "run"
-    done = (train if nproc else warm.fork_small)(fast, data_dir, *flags, faster, nproc=nproc)
+    done = warm.fork_small(fast, data_dir, *flags, faster, nproc=nproc)
     assert "torch.compile failed" not in done.stderr
     for event, name in (("train", "loss"), ("val", "val_loss")):
         expected, found = ([entry[name] for entry in metrics(path, event)] for path in (plain, fast))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drivers import warm
 from hellaswag_examples import examples, opinionated_model, write_examples, write_model
 from running import describe, metrics, python, run, write_shards
 from torch.nn import functional as F
@@ -43,14 +43,10 @@ def examples_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_examples(tmp_path_factory.mktemp("hellaswag") / "val.jsonl", examples(30))
 
 
-def command(name: str, *flags: object, nproc: int = 0) -> subprocess.CompletedProcess[str]:
-    return run([*python(nproc), "-m", "eval", name, *map(str, flags)], env={"HF_HUB_OFFLINE": "1"})
-
-
 def answer(name: str, json_path: Path, *flags: object, nproc: int = 0) -> tuple[dict[str, Any], str]:
     """What a command wrote to its `--json` file, and what it printed."""
-    done = command(name, "--json", json_path, *ON_CPU, *flags, nproc=nproc)
-    assert done.returncode == 0, done.stderr
+    words = ["-m", "eval", name, "--json", str(json_path), *ON_CPU, *map(str, flags)]
+    done = warm.fork_program(*words, nproc=nproc, env={"HF_HUB_OFFLINE": "1"})
     return dict(json.loads(json_path.read_text())), done.stdout
 
 
@@ -201,7 +197,8 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(
 
 
 def test_two_ranks_end_together_and_one_says_why(examples_file: Path) -> None:
-    done = command("hellaswag", "--model", "nowhere", "--data", examples_file, nproc=2)
+    words = ["-m", "eval", "hellaswag", "--model", "nowhere", "--data", str(examples_file)]
+    done = run([*python(2), *words], env={"HF_HUB_OFFLINE": "1"})
     assert done.returncode != 0
     assert done.stderr.count("error: no model 'nowhere'") == 1
 
