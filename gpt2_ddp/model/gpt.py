@@ -92,8 +92,9 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         with torch.device("meta"):  # PyTorch's own initialisation would be thrown away, and import the compiler
-            self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
-            self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
+            wte, wpe = (torch.empty(rows, config.n_embd) for rows in (config.vocab_size, config.block_size))
+            self.wte = nn.Embedding.from_pretrained(wte, freeze=False)  # type: ignore[no-untyped-call]
+            self.wpe = nn.Embedding.from_pretrained(wpe, freeze=False)  # type: ignore[no-untyped-call]
             self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
             self.ln_f = nn.LayerNorm(config.n_embd)
         if torch.device(device).type != "meta":

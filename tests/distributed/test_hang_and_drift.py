@@ -71,9 +71,8 @@ def test_other_data_on_one_rank_is_refused_at_the_start(data_dir: Path, tmp_path
     other = write_shards(tmp_path / "other", seed=1)
     exit_file = tmp_path / "status"
     faults = {"other_data": {"rank": 1, "data_dir": str(other)}, "elsewhere": {"rank": 1}}
-    done = warm.train_ranks(
-        2, tmp_path / "run", data_dir, faults=faults, status=1, env={"GPT2_DDP_EXIT_FILE": str(exit_file)}
-    )
+    told = {"GPT2_DDP_EXIT_FILE": str(exit_file)}
+    done = warm.fork_ranks(2, tmp_path / "run", data_dir, faults=faults, status=2, env=told)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "the training data of rank 1 on elsewhere differs from that of rank 0" in line
     assert exit_file.read_text() == "2"

@@ -11,6 +11,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, status, wait_until
@@ -68,23 +69,14 @@ def test_a_signal_to_one_rank_stops_all(
     out_dir = tmp_path / "run"
     flags = (*SAME, "--val-every", "3", "--val-tokens", "64")
     hold = {"hold": {**place, "rank": rank}}
-    warm.fork_ranks(2, out_dir, data_dir, *flags, faults=hold, meanwhile=lambda: os.kill(held(out_dir), number))
+    warm.fork_ranks(2, out_dir, data_dir, *flags, faults=hold, meanwhile=lambda _: os.kill(held(out_dir), number))
     check_stopped_and_finish(out_dir, data_dir, clean, step=int(str(place["step"])), reason=number.name)
-
-
-def test_a_signal_to_torchrun_stops_all(clean: Path, data_dir: Path, tmp_path: Path) -> None:
-    out_dir = tmp_path / "run"
-    running = warm.start_ranks(2, out_dir, data_dir, *SAME, faults={"hold": {"where": "step", "step": 6}})
-    held(out_dir)
-    running.send_signal(signal.SIGTERM)
-    warm.finish(running)  # torchrun itself may say that it was killed
-    check_stopped_and_finish(out_dir, data_dir, clean, step=6, reason="SIGTERM")
 
 
 def test_a_file_stops_all(clean: Path, data_dir: Path, tmp_path: Path) -> None:
     out_dir = tmp_path / "run"
 
-    def ask() -> None:
+    def ask(_: list[int]) -> None:
         held(out_dir)
         (out_dir / "stop").touch()
         go(out_dir)
@@ -101,23 +93,27 @@ SLOW_SAVE = {"hold_save": {"step": 4}, "hold": {"where": "step", "step": 6}}
 def test_a_save_in_flight_is_finished(clean: Path, data_dir: Path, tmp_path: Path) -> None:
     """And the last one after it, however long that takes: no rank waits, so that nobody may give up."""
     out_dir = tmp_path / "run"
-    running = warm.start_ranks(2, out_dir, data_dir, *SAME, "--timeout", "4", faults=SLOW_SAVE)
-    wait_until((out_dir / "saving").exists)
-    held(out_dir)
-    ranks = warm.ranks(running)
-    os.kill(ranks[0].pid, signal.SIGTERM)
-    wait_until(lambda: warm.gone(ranks[1]))  # it has nothing to save
-    time.sleep(6)  # longer than --timeout, after which a watchdog ends a rank, and than the patience of other saves
-    assert checkpoint(out_dir, 4).with_suffix(".tmp").exists()
-    assert saved_steps(out_dir, whole=True) == []
-    assert not warm.gone(ranks[0])
-    go(out_dir)
-    done = warm.finish(running)
-    assert done.returncode == 0, done.stderr
+
+    def stop(pids: list[int]) -> None:
+        ranks = [psutil.Process(pid) for pid in pids]
+        wait_until((out_dir / "saving").exists)
+        held(out_dir)
+        os.kill(ranks[0].pid, signal.SIGTERM)
+        wait_until(lambda: warm.gone(ranks[1]))  # it has nothing to save
+        time.sleep(6)  # longer than --timeout, after which a watchdog ends a rank, and than the patience of other saves
+        assert checkpoint(out_dir, 4).with_suffix(".tmp").exists()
+        assert saved_steps(out_dir, whole=True) == []
+        assert not warm.gone(ranks[0])
+        go(out_dir)
+
+    warm.fork_ranks(2, out_dir, data_dir, *SAME, "--timeout", "4", faults=SLOW_SAVE, meanwhile=stop)
     check_stopped_and_finish(out_dir, data_dir, clean, step=6, reason="SIGTERM")
 
 
-def test_two_signals_to_torchrun_in_a_save_change_nothing(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_a_signal_to_torchrun_stops_all_and_a_second_changes_nothing(
+    clean: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """Also in the middle of a save."""
     out_dir = tmp_path / "run"
     running = warm.start_ranks(2, out_dir, data_dir, *SAME, faults=SLOW_SAVE)
     wait_until((out_dir / "saving").exists)

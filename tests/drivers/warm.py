@@ -202,9 +202,9 @@ def fork_small(out_dir: Path, data_dir: Path, *more: str, nproc: int = 0, status
     return fork_trainers(nproc, train_command(out_dir, data_dir, *more)[3:], status=status)
 
 
-def fork_program(*words: str, nproc: int = 0, env: Mapping[str, str] | None = None) -> Ended:
-    """What `python WORDS` would do, in one forked process or in forked ranks; each must end with 0."""
-    return fork_trainers(nproc, program=words, env=env)
+def fork_program(*words: str, nproc: int = 0, env: Mapping[str, str] | None = None, status: int = 0) -> Ended:
+    """What `python WORDS` would do, in one forked process or in forked ranks; each must end with `status`."""
+    return fork_trainers(nproc, program=words, env=env, status=status)
 
 
 def kill(pid: int) -> None:
@@ -220,14 +220,14 @@ def fork_trainers(
     program: Sequence[str] = (),
     faults: Faults | None = None,
     status: int = 0,
-    meanwhile: Callable[[], object] = lambda: None,
+    meanwhile: Callable[[list[int]], object] = lambda _: None,
     env: Mapping[str, str] | None = None,
 ) -> Ended:
     """As `fork_ranks`, by a trainer's own flags or of another `program`; what all ranks said, rank by rank.
 
     For `nproc` 0 it is one process that knows of no ranks.
 
-    `meanwhile` is done while they run.
+    `meanwhile` is done while they run, and given their process ids.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     torchrun = {
@@ -243,7 +243,12 @@ def fork_trainers(
     trainers = [start_forked(argv, program=program, faults=faults, env=place) for place in places]
     bound = threading.Timer(240, lambda: [kill(trainer.pid) for trainer in trainers])  # ranks wait for each other
     bound.start()
-    meanwhile()
+    try:
+        meanwhile([trainer.pid for trainer in trainers])
+    except BaseException:
+        for trainer in trainers:
+            kill(trainer.pid)
+        raise
     ended = [trainer.wait() for trainer in trainers]
     bound.cancel()
     for rank, done in enumerate(ended):

@@ -186,11 +186,8 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(
     tmp_path: Path, model_dir: Path, examples_file: Path, name: str, flags: list[str], message: str
 ) -> None:
     places = {"MODEL": model_dir, "EXAMPLES": examples_file}
-    done = run(
-        [*python(), "-m", "eval", name, *(str(places.get(flag, flag)) for flag in flags)],
-        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
-    )
-    assert done.returncode == 2
+    words = ["-m", "eval", name, *(str(places.get(flag, flag)) for flag in flags)]
+    done = warm.fork_program(*words, status=2, env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert message in done.stderr

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from drivers import warm
 from running import ROOT
 
 from gpt2_ddp.build.config_file import parse_flags
@@ -58,10 +59,7 @@ def test_the_trainer_takes_the_preset(name: str) -> None:
     world_size, model, max_lr, total_batch_size = PRESETS[name]
     # The machine of the preset is not here, so its number of ranks is given.
     launcher = ["--dry-run", "--cpu", "--nproc-per-node", str(world_size)]
-    shown = subprocess.run(
-        [sys.executable, "-m", "launch", *launcher, "--", "--config", f"launch/{name}", "--seed", "7"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    shown = warm.fork_program("-m", "launch", *launcher, "--", "--config", f"launch/{name}", "--seed", "7")
     words = shlex.split(shown.stdout)
     assert f"--nproc-per-node={world_size}" in words
     config = parse_flags(words[words.index("gpt2_ddp.train") + 1 :])
