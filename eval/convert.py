@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from eval.llm_c import read_llm_c, write_llm_c
+from eval.model_choice import TRAINED_LENGTH, trained_length
 from eval.torch_files import read_torch_file
 from gpt2_ddp.checkpoint.files import Content, write_checkpoint
 from gpt2_ddp.data.own_tokenizer import named_eot
@@ -51,7 +52,11 @@ class Convert:
         target = self.target.absolute()
         require_free(target)
         model, tokenizer, notes = read_source(self.source)
-        stored = model.config.vocab_size
+        stored, trained = model.config.vocab_size, None
+        if not Path(self.source).is_file():
+            trained = trained_length(find_model(self.source), model.config.block_size)
+        if trained and trained < model.config.block_size:
+            notes.append(f"trained with {trained} tokens at once: the model knows nothing of later positions")
         rows = stored if self.to == "hf" else unpadded(stored)
         if self.to == "hf-50257" and rows != VOCAB_SIZE:
             raise UserError(
@@ -63,8 +68,9 @@ class Convert:
         else:
             if not tokenizer:
                 notes.append(f"{stored} token embeddings are not of GPT-2's vocabulary: the tokenizer is not in there")
-            eot = EOT if Path(self.source).is_file() else named_eot(find_model(self.source))
-            write_checkpoint(target, hf_files(model, rows, tokenizer, eot))
+            of_file = EOT if tokenizer else None
+            eot = of_file if Path(self.source).is_file() else named_eot(find_model(self.source))
+            write_checkpoint(target, hf_files(model, rows, tokenizer, eot, trained))
         for note in notes:
             warn(note)
         shape = model.config
@@ -128,11 +134,17 @@ def unpadded(rows: int) -> int:
     return VOCAB_SIZE if VOCAB_SIZE <= rows <= PADDED_VOCAB_SIZE else rows
 
 
-def hf_files(model: GPT, rows: int, tokenizer: Mapping[str, bytes], eot: int | None = EOT) -> dict[str, Content]:
-    """The files of a Hugging Face directory with the first `rows` token embeddings; `eot` begins documents."""
+def hf_files(
+    model: GPT, rows: int, tokenizer: Mapping[str, bytes], eot: int | None = EOT, trained: int | None = None
+) -> dict[str, Content]:
+    """The files of a Hugging Face directory with the first `rows` token embeddings; `eot` begins documents, and
+    `trained` positions were ever learned.
+    """
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     config: dict[str, Any] = hf_config(replace(model.config, vocab_size=rows), eot or 0)
     if eot is None or rows <= eot:
         config |= {"bos_token_id": None, "eos_token_id": None}
+    if trained:
+        config[TRAINED_LENGTH] = trained
     tensors["wte.weight"] = tensors["wte.weight"][:rows]
     return {"config.json": config, **tokenizer, "model.safetensors": to_hf(tensors)}

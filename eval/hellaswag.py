@@ -45,7 +45,7 @@ class HellaSwag(ModelChoice):
             if result.cut:
                 opened.warn(
                     f"{result.cut} of {result.examples} examples are longer than {opened.sequence_length} tokens, and "
-                    "were read without their beginning"
+                    "were read without their beginning; of an answer that is longer itself its end alone is scored"
                 )
             numbers = {"protocol": result.protocol} | asdict(result)
             opened.write_json(self.json, {key: value for key, value in numbers.items() if key != "cut"})

@@ -22,6 +22,9 @@ from gpt2_ddp.system.hardware import found_hardware
 from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype
 from gpt2_ddp.system.speed import measure_speed
 
+TRAINED_LENGTH = "trained_sequence_length"
+"""The field of a converted model's config.json; other programs leave it alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Computing:
@@ -133,16 +136,22 @@ def choose_length(asked: int | None, path: Path, block_size: int) -> tuple[int, 
 
 
 def trained_length(path: Path, block_size: int) -> int | None:
-    """The length of the sequences that the run of a checkpoint was trained with; None for a model from elsewhere.
+    """The length of the sequences that a run was trained with, of its checkpoint or what that was converted to; None
+    for a model from elsewhere.
 
     Raises:
         UserError: where the checkpoint says something else than a length up to `block_size`.
     """
-    file = path / "trainer_state.json"
-    if not file.is_file():
-        return None
-    config = read_json(file).get("config")
-    length = config.get("sequence_length") if isinstance(config, dict) else None
+    file, name = path / "trainer_state.json", "config.sequence_length"
+    if file.is_file():
+        config = read_json(file).get("config")
+        length = config.get("sequence_length") if isinstance(config, dict) else None
+    else:
+        file, name = path / "config.json", TRAINED_LENGTH
+        config = read_json(file) if file.is_file() else {}
+        if TRAINED_LENGTH not in config:
+            return None
+        length = config[TRAINED_LENGTH]
     if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= block_size:
-        raise UserError(f"{file}: config.sequence_length cannot be {str(length)[:40]!r}")
+        raise UserError(f"{file}: {name} cannot be {str(length)[:40]!r}")
     return length

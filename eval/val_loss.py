@@ -26,6 +26,9 @@ BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens in a micro-batch past which a device is expected to work no faster."""
 
 
+UNKNOWN_TOKENIZER = "no bits per byte: neither the model nor the data says whose tokens they are"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValLoss(ModelChoice):
     """Loss on validation shards, a token and a byte of text, over the same tokens whatever the number of ranks."""
@@ -59,8 +62,10 @@ class ValLoss(ModelChoice):
                     )
             context = opened.context
             vocab_size = opened.gpt.config.vocab_size
-            context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir, rows=vocab_size))
-            byte_counts, said = context.run_on_main(lambda: find_byte_counts(self.data_dir, vocab_size))
+            known = context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir, rows=vocab_size))
+            byte_counts, said = context.run_on_main(
+                lambda: find_byte_counts(self.data_dir, vocab_size) if known else (None, [UNKNOWN_TOKENIZER])
+            )
             for line in said:
                 opened.warn(line)
             autocast = opened.precision.autocast()

@@ -50,18 +50,20 @@ class Trial:
 class Trained:
     """What a trial showed: the seconds of its steps without the first, and of all that came before the first.
 
-    `dtype` and `micro_batch_size` are what it took. No seconds: it was ended before it had done two steps.
+    `dtype` and `micro_batch_size` are what it took. No seconds: it was ended before it had done two steps, or `failed`
+    says why it ended itself.
     """
 
     seconds: tuple[float, ...]
     start_seconds: float
     dtype: str
     micro_batch_size: int
+    failed: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A row of the report.
+    """A row of the report; no rate is of a trial that failed.
 
     `behind` is for what `auto` takes, from 0 to 1: how much longer it takes than the best, as a share of its own time.
     `slow`: the trial was ended, and its rate is less than `tokens_per_sec`.
@@ -147,6 +149,15 @@ def train(trial: Trial, shapes: Shapes, device: str, folder: Path, patience: flo
     return trained(out_dir / "run", start, patience)
 
 
+def attempt(trial: Trial, shapes: Shapes, device: str, folder: Path, patience: float) -> Trained:
+    """As `train`, also where that fails: an alternative to what `auto` takes need not fit the memory."""
+    try:
+        return train(trial, shapes, device, folder, patience)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return Trained(seconds=(), start_seconds=0.0, dtype="", micro_batch_size=0, failed=str(error))
+
+
 def trained(run: Path, start: float, patience: float) -> Trained:
     """What the run directory of a trial holds that began at `start` and had `patience` seconds."""
     files = run / "config.json", run / "metrics.jsonl"
@@ -180,10 +191,10 @@ def try_all(shapes: Shapes, device: str, repeats: int, folder: Path) -> list[Out
         for trial in [auto] * (repeat > 0) + trials:
             before = seen.setdefault(trial, [])
             if before and not before[-1].seconds:
-                continue  # it was too slow
+                continue  # it was too slow, or failed
             told(trial)
             limit = COMPILE_PATIENCE if trial.choice == "compile" else patience
-            before.append(train(trial, shapes, device, folder, limit))
+            before.append(attempt(trial, shapes, device, folder, limit))
     return rows(shapes, auto, seen, device, patience)
 
 
@@ -203,15 +214,21 @@ def rows(shapes: Shapes, auto: Trial, seen: dict[Trial, list[Trained]], device: 
         }
         outcomes += compared(choice, rates, name)
         outcomes += [
-            Outcome(choice=choice, name=trial.name, tokens_per_sec=shapes.total_batch_size / patience, slow=True)
-            for trial, runs in trials.items()
-            if not runs[0].seconds
+            unfinished(trial, runs[0], shapes, patience) for trial, runs in trials.items() if not runs[0].seconds
         ]
     for trial, runs in seen.items():
         if trial.choice == "compile" and runs[0].seconds:
             later = runs[0].start_seconds - taken.start_seconds
             outcomes += compile_outcomes(shapes, rate(shapes, seen[auto]), rate(shapes, runs), later, device)
     return outcomes
+
+
+def unfinished(trial: Trial, run: Trained, shapes: Shapes, patience: float) -> Outcome:
+    """The row of a trial that failed or was ended."""
+    if run.failed:
+        return Outcome(choice=trial.choice, name=trial.name, tokens_per_sec=0.0, note=run.failed)
+    most = shapes.total_batch_size / patience
+    return Outcome(choice=trial.choice, name=trial.name, tokens_per_sec=most, slow=True)
 
 
 def compared(choice: str, rates: Mapping[str, float], own: str) -> list[Outcome]:
@@ -260,6 +277,6 @@ def report(outcomes: list[Outcome]) -> str:
     for outcome in outcomes:
         auto = outcome.behind is not None
         head, name = (outcome.choice, f"auto: {outcome.name}") if auto else ("", outcome.name)
-        speed = f"{'<' if outcome.slow else ''}{outcome.tokens_per_sec:.0f}"
+        speed = f"{'<' if outcome.slow else ''}{outcome.tokens_per_sec:.0f}" if outcome.tokens_per_sec else "-"
         lines.append(f"{head:20}{name:30}{speed:>10}  {f'{outcome.behind:.1%}' if auto else outcome.note}".rstrip())
     return "\n".join(lines)

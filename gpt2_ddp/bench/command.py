@@ -47,7 +47,7 @@ class Bench:
     micro_batch_size: int | None = None
     """Sequences computed at once on the ladder; 4, on CUDA 16 or as many as the first rung has memory for."""
     total_batch_size: int | None = None
-    """Tokens in a step on each rank; 32768. With --auto on all ranks together, and 8192 on a CPU."""
+    """Tokens in a step on each rank; 32768. With --auto on all ranks together, and 4096 on a CPU."""
     steps: int | None = None
     """Timed steps a round, after one that is not timed; 2, on CUDA 20."""
     repeats: int | None = None
@@ -186,7 +186,9 @@ def compare_choices(shapes: Shapes, device: torch.device, repeats: int) -> list[
     taken = next(outcome.name for outcome in outcomes if outcome.behind is not None and outcome.choice == "dtype")
     own = "in blocks" if taken == "bfloat16" else "PyTorch's"
     rungs = sorted(attention_rungs(), key=lambda rung: rung.name != own)
-    steps = climb(replace(shapes, total_batch_size=max(shapes.sequence_length, 1024)), device, rungs, repeats)
+    sequences = max(1, 1024 // shapes.sequence_length)
+    small = replace(shapes, micro_batch_size=1, total_batch_size=sequences * shapes.sequence_length)
+    steps = climb(small, device, rungs, repeats)
     rates = {rung.name: rung.tokens_per_sec for rung in steps}
     return outcomes + compared("attention", rates, own)
 

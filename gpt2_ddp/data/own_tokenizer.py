@@ -177,7 +177,7 @@ def _require_gpt2s(config: Path, vocabulary: Path) -> None:
         if _is_gpt2s(read_json(vocabulary)):
             return
         found = f"a {VOCABULARY} that is not GPT-2's"
-    elif isinstance(rows, int) and rows < VOCAB_SIZE:
+    elif isinstance(rows, int) and not VOCAB_SIZE <= rows <= PADDED_VOCAB_SIZE:
         found = f"{rows} token embeddings, GPT-2's tokenizer has {VOCAB_SIZE} ids"
     else:
         return

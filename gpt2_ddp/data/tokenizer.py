@@ -127,12 +127,12 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(size=tokenizer.n_vocab, eot=tokenizer.eot_token)
 
 
-def require_same_tokenizer(directory: Path, data_dir: DataDir, *, rows: int | None = None) -> None:
-    """Check that the tokens of the model in `directory` are those of the shards in `data_dir`, as far as both tell.
+def require_same_tokenizer(directory: Path, data_dir: DataDir, *, rows: int | None = None) -> bool:
+    """Whether that of the model in `directory` is known; check that its tokens are those of the shards in `data_dir`.
 
-    Where the model has no tokenizer, and GPT-2's cannot be its, data without a manifest is taken for its own. So is,
-    for a loss, which needs no tokenizer, a tokenizer of the data's with as many ids as the model has token embeddings,
-    `rows`, padding included or not.
+    A loss needs no tokenizer: for one, with the model's token embeddings as `rows`, where the model has none, and GPT-2's
+    cannot be its, data without a manifest is taken for its own. So is a tokenizer of the data's with as many ids as
+    there are `rows`, padding included or not, which is the model's then.
 
     Raises:
         UserError: where they are not, and as `name_in`.
@@ -142,14 +142,17 @@ def require_same_tokenizer(directory: Path, data_dir: DataDir, *, rows: int | No
     try:
         ours = name_in(directory)
     except UserError:
-        if manifest and (theirs == "gpt2" or rows not in (manifest.vocabulary.size, manifest.vocabulary.padded)):
+        if rows is None or (
+            manifest and (theirs == "gpt2" or rows not in (manifest.vocabulary.size, manifest.vocabulary.padded))
+        ):
             raise
-        return
+        return manifest is not None
     if ours != theirs:
         raise UserError(
             f"{directory} reads the tokens of {ours[:15]}, and those in {first} are of {theirs[:15]}: prepare the "
             "text with its tokenizer"
         )
+    return True
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> npt.NDArray[np.int32]:

@@ -83,7 +83,7 @@ class Drawing:
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """One token for each row of logits (B, vocabulary): (B,)."""
-        if self.temperature == 0:
+        if self.temperature < torch.finfo(torch.float32).tiny:
             return logits.argmax(-1)
         # The largest logit is taken off first: divided by a tiny temperature, the others may go to -inf, never to NaN.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
@@ -219,7 +219,7 @@ class Sample:
             return None
         tokens = generate(
             model,
-            self.tokenizer.encode_ordinary(self.prompt),
+            self.tokenizer.encode_ordinary(self.prompt) or [self.tokenizer.eot_token],  # in another script
             max_new_tokens=NEW_TOKENS,
             top_k=TOP_K,
             seed=self.seed + step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,18 @@ import numpy as np
 import pytest
 from running import environment
 
-from gpt2_ddp.bench.choices import Outcome, Trained, Trial, alternatives, compared, compile_lag, report, train
+from gpt2_ddp.bench.choices import (
+    Outcome,
+    Trained,
+    Trial,
+    alternatives,
+    attempt,
+    compared,
+    compile_lag,
+    report,
+    train,
+    unfinished,
+)
 from gpt2_ddp.bench.ladder import Shapes
 from gpt2_ddp.data.shards import write_shard
 
@@ -72,8 +84,11 @@ def test_a_trial_trains_and_one_without_patience_is_ended(tmp_path: Path) -> Non
     assert 0 < max(done.seconds) < done.start_seconds
     ended = train(alone, TINY, "cpu", tmp_path, 0.5)
     assert (ended.seconds, ended.start_seconds) == ((), 0.5)
-    with pytest.raises(ValueError, match=r"failed: error: .*--total-batch-size"):
-        train(replace(alone, flags=("--micro-batch-size=3",)), TINY, "cpu", tmp_path, 120)
+    failed = attempt(replace(alone, flags=("--micro-batch-size=3",)), TINY, "cpu", tmp_path, 120)
+    assert re.search(r"failed: error: .*--total-batch-size", failed.failed)
+    row = report([unfinished(alone, failed, TINY, 9.0)]).splitlines()[1]
+    assert row.split()[:2] == ["auto", "-"]
+    assert row.endswith(failed.failed)
 
 
 @pytest.mark.slow

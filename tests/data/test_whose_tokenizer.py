@@ -81,12 +81,14 @@ def test_a_model_with_few_rows_and_no_tokenizer_is_not_read_with_gpt2s(
     ):
         with pytest.raises(UserError, match=few):
             refused.run()
-    start = warm.train(tmp_path / "new", data, "--init-from", str(bare), status=2)
-    assert start.stderr.startswith(f"error: {few}")
+    for tokens in (data, data_dir):  # of which no manifest tells
+        start = warm.train(tmp_path / "new", tokens, "--init-from", str(bare), status=2)
+        assert start.stderr.startswith(f"error: {few}")
+    ValLoss(model=str(bare), data_dir=data_dir, val_tokens=64, **flags).run()
+    assert "no bits per byte: neither the model nor the data says whose tokens they are" in capsys.readouterr().err
     told = []
     for model in (bare, tmp_path / "run"):
         capsys.readouterr()
         ValLoss(model=str(model), data_dir=data, val_tokens=64, **flags).run()
         told.append(capsys.readouterr().out.split(": ", 1)[1])
     assert told[0] == told[1]
-    ValLoss(model=str(bare), data_dir=data_dir, val_tokens=64, **flags).run()  # of which no manifest tells

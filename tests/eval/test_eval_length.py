@@ -13,6 +13,7 @@ from drivers.live_bytes import LiveBytes
 from hellaswag_examples import examples, opinionated_model, write_examples, write_model
 from running import write_shards
 
+from eval.convert import Convert
 from eval.hellaswag import HellaSwag
 from eval.model_choice import Computing, ModelChoice, choose_length, open_model
 from eval.sample import Sample
@@ -66,6 +67,9 @@ def test_val_loss_takes_the_trained_length_and_warns_of_a_longer_one(
         "", "", "", "warning: --sequence-length 48: the run was trained with 24, and knows nothing of later positions\n"
     ]  # fmt: skip
     assert len({answer["val_loss"] for answer, _ in found.values()}) == 3
+    Convert(source=str(trained), target=tmp_path / "converted").run()
+    assert "warning: trained with 24 tokens at once" in capsys.readouterr().err
+    assert ran(ValLoss, tmp_path / "converted", capsys, data_dir=data, val_tokens=480) == found[None]
     (trained / "trainer_state.json").rename(tmp_path / "state.json")
     try:
         assert ran(ValLoss, trained, capsys, data_dir=data, val_tokens=480)[0]["tokens"] == 480 // BLOCK * BLOCK
@@ -107,6 +111,10 @@ def test_a_state_that_tells_no_length_is_one_error(tmp_path: Path, length: objec
     (tmp_path / "trainer_state.json").write_text('{"config": []}')
     with pytest.raises(ValueError, match="cannot be 'None'"):
         choose_length(7, tmp_path, BLOCK)
+    (tmp_path / "trainer_state.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"trained_sequence_length": length}))
+    with pytest.raises(ValueError, match=r"config\.json: trained_sequence_length cannot be"):
+        choose_length(None, tmp_path, BLOCK)
 
 
 @pytest.mark.parametrize(("vocab_size", "at_least"), [(512, 0.95), (4096, 0.85)], ids=["a block", "the head"])

@@ -6,18 +6,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, TopPLogitsWarper
 
+from gpt2_ddp.data.own_tokenizer import own_tokenizer
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation import inference
 from gpt2_ddp.evaluation.inference import attention_backends
 from gpt2_ddp.evaluation.multiple_choice import Question, score
-from gpt2_ddp.evaluation.sampling import Continuation, Drawing, generate, nucleus
+from gpt2_ddp.evaluation.sampling import PROMPT, Continuation, Drawing, Sample, generate, nucleus
 from gpt2_ddp.evaluation.validation import validation_loss
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.huggingface import hf_config, to_hf
@@ -50,7 +54,8 @@ def test_temperature_0_is_the_greedy_decoding_of_transformers() -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert torch.equal(generate(model, prompt, max_new_tokens=12, temperature=0), expected)
+    for temperature in (0, 1e-46):  # which is 0 as float32
+        assert torch.equal(generate(model, prompt, max_new_tokens=12, temperature=temperature), expected)
     assert len(set(expected[0].tolist())) > 4  # a loop on one token would show little
 
 
@@ -136,6 +141,18 @@ def test_the_same_seed_draws_the_same_and_rows_differ() -> None:
     assert torch.equal(rows, generate(model, [[1]] * 3, max_new_tokens=30, seed=11))
     assert not torch.equal(rows, generate(model, [[1]] * 3, max_new_tokens=30, seed=12))
     assert len(set(map(tuple, rows.tolist()))) == 3
+
+
+def test_a_tokenizer_that_makes_no_token_of_the_prompt_begins_with_its_end(tmp_path: Path) -> None:
+    letters = Tokenizer(BPE({"α": 0, "</s>": 1}, []))
+    letters.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = own_tokenizer(tmp_path)
+    assert tokenizer.encode_ordinary(PROMPT) == []
+    model = GPT(GPTConfig(block_size=8, vocab_size=128, n_layer=1, n_head=1, n_embd=8)).init_weights(0)
+    sample = Sample(every=1, seed=0, sequence_length=8, tokenizer=tokenizer)
+    found = sample.run(model, DistContext(), nullcontext(), step=1)
+    assert found is not None
+    assert found.values["text"].startswith("</s>")
 
 
 def test_training_is_left_as_it_was() -> None:
