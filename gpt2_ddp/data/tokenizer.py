@@ -130,9 +130,9 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 def require_same_tokenizer(directory: Path, data_dir: DataDir, *, rows: int | None = None) -> bool:
     """Whether that of the model in `directory` is known; check that its tokens are those of the shards in `data_dir`.
 
-    A loss needs no tokenizer: for one, with the model's token embeddings as `rows`, where the model has none, and GPT-2's
-    cannot be its, data without a manifest is taken for its own. So is a tokenizer of the data's with as many ids as
-    there are `rows`, padding included or not, which is the model's then.
+    A loss needs no tokenizer: for one, with the model's token embeddings as `rows`, where the model has none, and
+    GPT-2's cannot be its, data without a manifest is taken for its own. So is a tokenizer of the data's with as many
+    ids as there are `rows`, padding included or not, which is the model's then.
 
     Raises:
         UserError: where they are not, and as `name_in`.
