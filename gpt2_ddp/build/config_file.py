@@ -71,7 +71,7 @@ def values_of(file: Path) -> Mapping[str, Any]:
             saved = read_json(file).get("config")
             if not isinstance(saved, dict):
                 raise ValueError("holds no configuration of a run")
-            return {name: value for name, value in saved.items() if name != "config"}
+            return {name: value for name, value in saved.items() if name not in ("config", "resume")}
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error

@@ -56,10 +56,11 @@ def rate_jump(config: TrainConfig, saved: Mapping[str, Any], step: int) -> list[
     if saved_schedule is None:
         return []
     old, new = (schedule.rate(step + 1) for schedule in (saved_schedule, learning_rates(config)))
+    last = saved_schedule.rate(max(step, 1))
     if step >= config.max_steps:
         return []
     said = []
-    if abs(new - old) > RATE_JUMP * max(new, old):
+    if all(abs(new - other) > RATE_JUMP * max(new, other) for other in (old, last)):
         flags = ", ".join(f"{flag(name)} {before[name]} is now {getattr(config, name)}" for name in changed)
         said.append(f"the learning rate jumps from {old:.4e} to {new:.4e} at step {step + 1}: {flags}")
     own = saved.get("muon_lr")

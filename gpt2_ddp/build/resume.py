@@ -28,7 +28,8 @@ FIXED_FIELDS = ("model", "vocab_size", "seed", "sequence_length", "total_batch_s
 def settle_resume(config: TrainConfig) -> str:
     """`--resume`, or `auto` where this start goes on with what an earlier one with that `--resume` began. For rank 0.
 
-    So does the same command where `--resume` names a checkpoint: what was trained since counts. Under `never`, which is
+    So does the same command where `--resume` names a checkpoint: what was trained since counts. (Another command is
+    refused by `find_resume`, unless the checkpoint is of this run.) Under `never`, which is
     to refuse what an earlier command left, so does only a restart by this torchrun, or a job that was queued again.
     """
     file = config.out_dir / "config.json"
@@ -61,7 +62,8 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
     """What `--resume` means in this run directory. Runs on rank 0, whose disk alone has to have the checkpoints.
 
     Raises:
-        UserError: where the run there has another model, seed, batch or data, or nothing good is left of it.
+        UserError: where the run there has another model, seed, batch or data, or nothing good is left of it; where
+            `--resume` names a checkpoint of another run, and this one has some already.
     """
     directory, config_file = config.out_dir / "checkpoints", config.out_dir / "config.json"
     (config.out_dir / ".writable").touch()
@@ -76,20 +78,29 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
         path, said = newest_good(directory)
     else:
         path, said = named(Path(config.resume))
+    own = checkpoints(directory)
     if path is None:
         if config_file.exists():
-            require_same_run(config, read_json(config_file), data_fingerprint)
+            require_same_run(config, read_json(config_file), data_fingerprint, config.out_dir)
             said.append(f"{config.out_dir} holds a run without a checkpoint: starting it again from step 0")
         return Found(said=said)
+    if own and path.resolve().parent != directory.resolve():
+        raise UserError(
+            f"--resume {config.resume} is another run's, and {config.out_dir} has {own[0].name} already: leave "
+            "--resume out to go on from there, or choose another --out-dir"
+        )
     state = read_state(path)
-    require_same_run(config, state, data_fingerprint)
+    require_same_run(config, state, data_fingerprint, config.out_dir if config.resume == "auto" else path)
     branch = branch_to_prolong(config, state, directory) if config.resume == "auto" else None
     if branch is not None:
         said += put_finished_aside(config, path)
         path, state = branch, read_state(branch)
-    for newer in checkpoints(directory):
-        if newer.name > step_name(state["step"]):
-            said.append(f"{newer.name} is newer; set aside as {set_aside(newer, 'superseded').name}")
+    of_this_run = path.name in {other.name for other in own}  # else it had been set aside
+    for other in checkpoints(directory):
+        newer = other.name > step_name(state["step"])
+        if newer or not of_this_run:
+            why = "is newer" if newer else "may not lead to it"
+            said.append(f"{other.name} {why}; set aside as {set_aside(other, 'superseded').name}")
     said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
     said += [] if branch else rate_jump(config, state["config"], state["step"])
     return Found(path=path, state=state, said=said)
@@ -126,8 +137,9 @@ def saved_dtype(config: TrainConfig, device_type: str) -> str | None:
     return name if name in DTYPES else None
 
 
-def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprint: str) -> None:
-    """
+def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprint: str, place: Path) -> None:
+    """`saved` is the state of the run in `place`, the run directory or a checkpoint that `--resume` names.
+
     Raises:
         UserError: naming each field that must not change within a run and did.
     """
@@ -137,8 +149,9 @@ def require_same_run(config: TrainConfig, saved: dict[str, Any], data_fingerprin
         weights = "" if isinstance(config.data_dir, Path) else ", in this order and by these weights,"
         found.append(f"the tokens in --data-dir {shown(config.data_dir)}{weights} are not those the run was trained on")
     if found:
-        weights = f", with --init-from {config.out_dir} to begin with its weights" if config.init_from is None else ""
-        raise UserError(f"{config.out_dir} is another run: {'; '.join(found)}. Choose another --out-dir{weights}")
+        mend = "Choose another --out-dir" if place == config.out_dir else "Leave --resume out"
+        weights = f", with --init-from {place} to begin with its weights" if config.init_from is None else ""
+        raise UserError(f"{place} is another run: {'; '.join(found)}. {mend}{weights}")
 
 
 def differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:

@@ -34,7 +34,7 @@ from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
-from gpt2_ddp.system.precision import Precision, allow_tf32, choose_dtype
+from gpt2_ddp.system.precision import DTYPES, Precision, allow_tf32, choose_dtype
 from gpt2_ddp.system.speed import measure_speed
 
 ENDING_SECONDS = 10.0
@@ -86,7 +86,7 @@ def settle(config: TrainConfig, context: DistContext, held: ExitStack) -> Settle
     if config.reproducible:
         use_deterministic_kernels(context.device)  # before a micro-batch is tried out: cuBLAS looks once
     allow_tf32()  # before a micro-batch is tried out: what is compiled depends on it
-    compiled = compiles(config, hardware)
+    compiled = not context.any(not compiles(config, hardware))  # on GPUs of two kinds
     config = settle_micro_batch(config, context, precision, compiled=compiled)
     plan = context.run_on_all(lambda: plan_batches(config, context.world_size))
     yardsticks = context.run_on_main(lambda: find_yardsticks(config))
@@ -126,6 +126,8 @@ def settle_dtype(config: TrainConfig, context: DistContext, hardware: Hardware) 
     requested = began if began and config.dtype == "auto" else config.dtype
     speed = context.run_on_main(lambda: measure_speed(requested, hardware, config.shape.n_embd))
     dtype, note = choose_dtype(requested, hardware, speed)
+    newest_first = list(DTYPES.values())
+    dtype = newest_first[context.max(newest_first.index(dtype))]  # of GPUs of two kinds what both have
     return dtype, [*said, *([note] if note else [])]
 
 

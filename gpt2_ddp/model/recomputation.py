@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from gpt2_ddp.system.errors import UserError
+
 
 class Recomputed(nn.Module):
     """A layer whose output is not kept for the backward pass of a block, but computed again from its input.
@@ -44,8 +46,13 @@ def run_block(block: nn.Module, x: Tensor, *more: Any, again: bool = False, rand
 
     With `again` it keeps `x` alone, and all is computed again up to the input of the last matmul (Chen et al. 2016,
     arXiv:1604.06174), with the same random numbers where `random` says that some are drawn.
+
+    Raises:
+        UserError: for random numbers on Apple's GPUs, of which PyTorch would draw others (its issue 127676).
     """
     if again and torch.is_grad_enabled():
+        if random and x.device.type == "mps":
+            raise UserError("--activation-checkpointing with --dropout is not right on Apple's GPUs: leave one out")
         y: Tensor = checkpoint(block, x, *more, use_reentrant=False, preserve_rng_state=random)
         return y
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():

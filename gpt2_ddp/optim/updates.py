@@ -58,9 +58,8 @@ def apply_update(
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     skipped = ~norm.isfinite()
-    step_unless(
-        skipped, optimizer
-    )  # not by `scaler.step`, which knows of bad gradients, but not of a norm past float32
+    # Not by `scaler.step`, which knows of bad gradients, but not of a norm past float32.
+    step_unless(skipped, optimizer)
     if scaler.is_enabled():
         scaler.update()
     zero_gradients(parameters, in_place=zero_in_place)
@@ -71,10 +70,12 @@ def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's step, or nothing where `skipped` (0-dim) is true.
 
     PyTorch's fused optimizers leave the step out on the device where `found_inf` is 1, which is how a `GradScaler`
-    talks to them, so the host is not waited for. For any other optimizer the host reads `skipped`, which waits for the
+    talks to them, so the host is not waited for. (Those for Apple's GPUs did not look at it up to some time in 2026:
+    pull request 186360.) For any other optimizer the host reads `skipped`, which waits for the
     device once a step: to compute the step and take it back would hold a second set of weights and state.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # PyTorch's mark of these, which `GradScaler` goes by
+    looks = getattr(optimizer, "_step_supports_amp_scaling", False)  # PyTorch's mark, which `GradScaler` goes by
+    if looks and skipped.device.type != "mps":
         optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif not skipped:

@@ -12,6 +12,7 @@ from gpt2_ddp.system.hardware import Hardware
 from gpt2_ddp.system.speed import MatmulSpeed
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The formats of matmuls by name, those of the newest GPUs first."""
 
 BFLOAT16_GAIN = 1.1
 """How many times as fast as float32 a CPU has to multiply bfloat16 for `auto` to take it. Its casts make the rest of a

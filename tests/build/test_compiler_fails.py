@@ -26,6 +26,15 @@ def test_training_goes_on_without_it(data_dir: Path, tmp_path: Path, backward: b
     assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "plain")
 
 
+def test_ranks_with_gpus_of_two_kinds_compute_alike(data_dir: Path, tmp_path: Path) -> None:
+    """In the format that both have, and compiled only if both can be."""
+    flags = ("--max-steps=3", "--checkpoint-every=0", "--check-ranks-every=1")
+    warm.fork_ranks(2, tmp_path / "plain", data_dir, *flags)
+    auto = ("--dtype=auto", "--compile=auto")
+    warm.fork_ranks(2, tmp_path / "run", data_dir, *flags, *auto, faults={"two_kinds_of_gpu": {}})
+    assert final_hashes(tmp_path / "run") == final_hashes(tmp_path / "plain")
+
+
 def test_on_one_rank_alone_all_go_on_without_it(data_dir: Path, tmp_path: Path) -> None:
     """Were the others compiled, their buckets would not be those of the first, and the run would hang or diverge."""
     flags = ("--max-steps=3", "--checkpoint-every=0", "--check-ranks-every=1")

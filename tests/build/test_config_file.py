@@ -9,7 +9,7 @@ import pytest
 from drivers import warm
 from running import final_hashes
 
-from gpt2_ddp.build.config_file import flags_of, parse_flags
+from gpt2_ddp.build.config_file import flags_of, parse_flags, values_of
 from gpt2_ddp.config import TrainConfig
 
 
@@ -44,6 +44,7 @@ def test_the_config_json_of_a_run_makes_the_same_configuration(
     flags = ("--dropout", "0.1", "--min-lr", "1e-3", "--optimizer", "muon")
     first = warm.clean_run(shared_folder, data_dir, *flags)
     saved = json.loads((first / "config.json").read_text())["config"]
+    assert values_of(first / "config.json").keys() == saved.keys() - {"config", "resume"}  # which would be done again
     again = parsed(f"--config={first / 'config.json'}", "--model=gpt2-nano", f"--out-dir={tmp_path}").to_json()
     assert again.pop("config") == str(first / "config.json")
     assert again | {"out_dir": saved["out_dir"], "model": saved["model"], "config": None} == saved

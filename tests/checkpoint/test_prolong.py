@@ -43,6 +43,12 @@ def test_a_longer_run_from_before_the_cool_down_is_the_run_that_was_longer_at_on
     )
 
 
+def test_a_prolonged_run_that_dies_at_once_says_of_no_jump(data_dir: Path, tmp_path: Path) -> None:
+    """Its new rate is the one before, and not that of the cool-down that is no more."""
+    warm.train(tmp_path, data_dir, *WSD, faults={"stop_after": {"step": 6}}, status=75)
+    assert "jumps" not in warm.train(tmp_path, data_dir, *WSD, "--max-steps", "24").stdout
+
+
 def test_what_is_no_longer_there_is_not_promised(data_dir: Path, tmp_path: Path) -> None:
     warm.train(tmp_path, data_dir, *WSD, "--keep-checkpoints", "0")
     for step in ("06", "12"):

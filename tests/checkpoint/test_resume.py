@@ -59,14 +59,34 @@ def test_its_own_run_directory(clean: Path, data_dir: Path, tmp_path: Path) -> N
 
 
 def test_the_same_command_goes_on_from_what_it_has_trained(clean: Path, data_dir: Path, tmp_path: Path) -> None:
-    """And another one begins at the checkpoint that it names."""
+    """And another one does not throw it away."""
     out_dir, flag = tmp_path / "run", f"--resume={checkpoint(clean, 4)}"
     warm.train(out_dir, data_dir, flag, faults={"stop_after": {"step": 7}}, status=75)
     done = warm.train(out_dir, data_dir, flag)
     assert f"resuming {out_dir} from {checkpoint(out_dir, 7)} at step 7" in done.stdout
     assert final_hashes(out_dir) == final_hashes(clean)
-    done = warm.train(out_dir, data_dir, flag, "--max-lr", "2e-3")
-    assert f"resuming {out_dir} from {checkpoint(clean, 4)} at step 4" in done.stdout
+    before = tree(out_dir)
+    done = warm.train(out_dir, data_dir, flag, "--max-steps", "20", status=2)
+    assert f"{out_dir} has step_00000012 already: leave --resume out to go on from there" in done.stderr
+    assert tree(out_dir) == before
+
+
+def test_a_way_back_can_be_taken_back(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    """What was set aside is taken up by its name, also after a death before the next save."""
+    out_dir = shutil.copytree(clean, tmp_path / "run")
+    warm.train(out_dir, data_dir, f"--resume={checkpoint(out_dir, 4)}", "--max-lr=2e-3")
+    old = checkpoint(out_dir, 8).with_name("step_00000008.superseded")
+    killed = {"kill": {"steps": [10]}}
+    warm.train(out_dir, data_dir, f"--resume={old}", faults=killed, status=-signal.SIGKILL)
+    done = warm.train(out_dir, data_dir, f"--resume={old}")
+    assert f"resuming {out_dir} from {old} at step 8" in done.stdout
+    assert final_hashes(out_dir) == final_hashes(clean)
+
+
+def test_a_checkpoint_of_another_run_that_does_not_fit_says_which(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    done = warm.train(tmp_path / "new", data_dir, f"--resume={clean}", "--seed=5", status=2)
+    said = f"error: {checkpoint(clean, 12)} is another run: --seed is 5, the run has 1337. Leave --resume out, with "
+    assert done.stderr.startswith(f"{said}--init-from {checkpoint(clean, 12)}")
 
 
 def test_the_time_of_a_step_is_that_of_the_steps_that_were_made(data_dir: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_json_that_is_made_to_hurt(target: Path, content: bytes) -> None:
 def take_up(target: Path) -> None:
     """What a trainer does with trainer_state.json."""
     found = read_state(target)
-    require_same_run(TrainConfig(data_dir=Path("data")), found, "fingerprint")
+    require_same_run(TrainConfig(data_dir=Path("data")), found, "fingerprint", Path("runs/x"))
     skips, guard = SkipCount(torch.device("cpu")), SpikeGuard(6.0, 3)
     state = TrainState(skips=skips, guard=guard, scaler=torch.amp.GradScaler("cpu"))
     state.load_state_dict(found)

@@ -23,9 +23,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.distributed import TCPStore
 
 from gpt2_ddp import train
+from gpt2_ddp.build import settling
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation import reference
 from gpt2_ddp.metrics import boards
+from gpt2_ddp.system.hardware import Hardware
 
 
 def variables(**values: str | None) -> None:
@@ -83,6 +85,12 @@ def broken_compiler(*, backward: bool, rank: int | None = None) -> None:
     torch.compile = functools.partial(torch.compile, backend=broken if rank in (None, this_rank()) else "eager")
 
 
+def two_kinds_of_gpu() -> None:
+    """The ranks but the first have a GPU for which no format is fast and that the compiler does not know."""
+    capability = (8, 6) if this_rank() == 0 else (6, 1)
+    settling.found_hardware = lambda _: Hardware(device_type="cuda", capability=capability)
+
+
 def missing(*, module: str) -> None:
     """A package is not installed."""
     sys.modules[module] = None
@@ -93,7 +101,7 @@ def published(*, file: str) -> None:
     reference.FILE = Path(file)
 
 
-SURROUNDINGS = {
-    change.__name__: change
-    for change in (variables, encoding, ignored_hangup, unmet, send_to_wandb, broken_compiler, missing, published)
-}
+CHANGES = (
+    variables, encoding, ignored_hangup, unmet, send_to_wandb, broken_compiler, two_kinds_of_gpu, missing, published,
+)  # fmt: skip
+SURROUNDINGS = {change.__name__: change for change in CHANGES}

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.huggingface import load_model
+from gpt2_ddp.model.recomputation import run_block
+from gpt2_ddp.system.errors import UserError
 
 CleanRun = Callable[..., Path]
 LINE = re.compile(
@@ -218,6 +221,14 @@ def test_activation_checkpointing_is_the_same_run(clean_run: CleanRun, flags: li
     again = clean_run(*flags, "--activation-checkpointing")
     assert json.loads((again / "config.json").read_text())["config"]["activation_checkpointing"] is True
     assert_same_run(again, clean_run(*flags))
+
+
+def test_dropout_is_not_computed_again_on_apples_gpus() -> None:
+    """By a stand-in for what lies there."""
+    x = MagicMock()
+    x.device.type = "mps"
+    with pytest.raises(UserError, match="--activation-checkpointing with --dropout is not right on Apple's GPUs"):
+        run_block(torch.nn.Identity(), x, again=True, random=True)
 
 
 def test_activation_checkpointing_computes_blocks_again() -> None:

@@ -7,6 +7,7 @@ import math
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from drivers import warm
@@ -15,6 +16,7 @@ from running import checkpoint, final_hashes, metrics, status, weights_and_momen
 from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.optim.updates import step_unless
 
 GUARDED = ("--spike-guard", "6", "--max-steps", "32", "--checkpoint-every", "5", "--max-lr", "1e-3")
 """The guard needs 16 losses before it judges; checkpoints at 0, 5, 10, ..."""
@@ -49,6 +51,18 @@ def test_an_update_that_is_not_finite_is_left_out(
     warm.train(tmp_path / "good", data_dir, "--dtype", dtype)
     assert skipped(tmp_path / "good") == [0] * 12
     assert weights_and_moments(tmp_path / "good") != weights_and_moments(tmp_path / "bad")
+
+
+def test_on_apples_gpus_the_host_leaves_the_step_out() -> None:
+    """Stand-ins: a skip that lies there, and a fused optimizer that would not look at it."""
+    skip, optimizer = MagicMock(), MagicMock(_step_supports_amp_scaling=True)
+    skip.device.type, skip.__bool__.return_value = "mps", True
+    step_unless(skip, optimizer)
+    assert not optimizer.step.called
+    skip.device.type = "cuda"
+    step_unless(skip, optimizer)
+    assert optimizer.step.called
+    assert optimizer.found_inf is skip.float()
 
 
 def test_what_is_not_finite_on_one_rank_is_left_out_on_all(data_dir: Path, tmp_path: Path) -> None:
