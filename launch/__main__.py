@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         require_posix(sys.platform)
         flags = parse(argv)
-        found = discover(os.environ)
+        found = discover(os.environ, flags)
         planned = plan(found, flags)
     except ValueError as error:
         say(f"error: {error}", sys.stderr)

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
-from launch.plan import Core, Found, Gpu, SlurmStep
+from launch.plan import Core, Found, Gpu, LaunchFlags, SlurmStep, node_count
 
 # In a process of its own: asking CUDA for a GPU's name starts the driver there, and it ends with that process.
 PROBE = """
@@ -41,11 +42,11 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 DRIVER_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"))
 
 
-def discover(environment: Mapping[str, str]) -> Found:
-    """What this node has, for a process with these environment variables.
+def discover(environment: Mapping[str, str], flags: LaunchFlags) -> Found:
+    """What this node has, for a process with these environment variables and `flags`.
 
     Raises:
-        ValueError: where torch cannot be imported, or a SLURM node's address cannot be found.
+        ValueError: where torch cannot be imported, or a SLURM node's address is needed and cannot be found.
     """
     probed = probe()
     return Found(
@@ -55,7 +56,7 @@ def discover(environment: Mapping[str, str]) -> Found:
         cores=find_cores(),
         cpu_quota=find_cpu_quota(),
         memory_bytes=psutil.virtual_memory().total,
-        slurm=find_slurm(environment),
+        slurm=find_slurm(environment, flags),
         torchrun_options=frozenset(map(str, probed["options"])),
         under_torchrun="TORCHELASTIC_RUN_ID" in environment,
         omp_num_threads=environment.get("OMP_NUM_THREADS", ""),
@@ -152,23 +153,43 @@ def find_tcmalloc() -> str:
     return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc") or ""
 
 
-def find_slurm(environment: Mapping[str, str]) -> SlurmStep | None:
+def find_slurm(environment: Mapping[str, str], flags: LaunchFlags) -> SlurmStep | None:
     """The step or the bare allocation that this process runs in."""
     if "SLURM_JOB_ID" not in environment:
         return None
     in_step = "SLURM_STEP_NUM_NODES" in environment
     prefix = "SLURM_STEP_NUM_" if in_step else "SLURM_N"
-    nodes = int(environment.get(prefix + "NODES", "1"))
-    several = in_step and nodes > 1
-    return SlurmStep(
+    step = SlurmStep(
         job_id=int(environment["SLURM_JOB_ID"]),
         step_id=environment.get("SLURM_STEP_ID", "") if in_step else "",
-        nodes=nodes,
+        nodes=int(environment.get(prefix + "NODES", "1")),
         tasks=int(environment.get(prefix + "TASKS", "1")) if in_step else 1,
         cpus=int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE", "0")),
-        first_host=reachable(first_host(environment["SLURM_STEP_NODELIST"])) if several else "",
-        own_host=reachable(environment["SLURMD_NODENAME"]) if several else "",
     )
+    return with_hosts(step, environment) if meets_by_itself(step, flags) else step
+
+
+def meets_by_itself(step: SlurmStep, flags: LaunchFlags) -> bool:
+    """Whether the step's own hosts are the place where its nodes meet.
+
+    Raises:
+        ValueError: as `node_count`, before a host is looked up that nobody would need.
+    """
+    several = bool(step.step_id) and step.nodes > 1 and not flags.rdzv_endpoint
+    return several and 1 < node_count(step, flags) <= step.nodes
+
+
+def with_hosts(step: SlurmStep, environment: Mapping[str, str]) -> SlurmStep:
+    """
+    Raises:
+        ValueError: where the hosts cannot be found, as in a container that has no scontrol.
+    """
+    try:
+        first = reachable(first_host(environment["SLURM_STEP_NODELIST"]))
+        return replace(step, first_host=first, own_host=reachable(environment["SLURMD_NODENAME"]))
+    except ValueError as error:
+        mend = f"--nnodes {step.nodes} --rdzv-endpoint HOST:PORT, the same on each node"
+        raise ValueError(f"{error}; say where the nodes meet: {mend}") from error
 
 
 def first_host(node_list: str) -> str:

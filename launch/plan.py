@@ -262,8 +262,9 @@ def rendezvous(slurm: SlurmStep | None, flags: LaunchFlags, nnodes: int) -> tupl
         return "", "", ""
     if flags.rdzv_endpoint:
         return flags.rdzv_endpoint, flags.rdzv_id, ""
-    if slurm is None or not slurm.step_id:
-        raise ValueError(f"--nnodes {nnodes} outside of an srun step needs --rdzv-endpoint HOST:PORT, the same on each")
+    if slurm is None or not slurm.step_id or slurm.nodes < nnodes:
+        where = f"--nnodes {nnodes} outside of an srun step of as many nodes"
+        raise ValueError(f"{where} needs --rdzv-endpoint HOST:PORT, the same on each")
     # Steps of one job may run side by side: each needs a port of its own.
     step = int(slurm.step_id) if slurm.step_id.isdigit() else 0
     port = FIRST_PORT + (slurm.job_id + step) % PORTS

@@ -46,6 +46,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "probe", lambda: {"gpus": [], "metal": False, "options": [], "reason": ""})
+
+
 def run_on(monkeypatch: pytest.MonkeyPatch, *cpus: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus), raising=False)
 
@@ -104,7 +109,34 @@ def test_what_slurm_says(
     hosts = {"node[07-08]": "node07\nnode08\n"}
     monkeypatch.setattr(discovery, "scontrol", lambda *arguments: hosts[arguments[-1]])
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, _: [name])
-    assert discovery.find_slurm(environment) == expected
+    assert discovery.find_slurm(environment, LaunchFlags()) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "nnodes", "meet_at"),
+    [
+        (LaunchFlags(nnodes=1), 1, ""),
+        (LaunchFlags(nnodes=2, rdzv_endpoint="box:29500"), 2, "box:29500"),
+        (LaunchFlags(rdzv_endpoint="box:29500"), 2, "box:29500"),
+        (LaunchFlags(), 0, "scontrol .* fails .*: --nnodes 2 --rdzv-endpoint HOST:PORT"),
+        (LaunchFlags(nnodes=3), 0, "--nnodes 3 .* needs --rdzv-endpoint HOST:PORT"),
+    ],
+    ids=["one node", "a place", "a place alone", "nothing", "more than the step has"],
+)
+@pytest.mark.usefixtures("machine", "without_gpus")
+def test_hosts_are_looked_up_only_where_the_nodes_meet_by_themselves(
+    flags: LaunchFlags, nnodes: int, meet_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container in the job's step has its variables, and no scontrol."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if nnodes:
+        planned = plan(discovery.discover(STEP, flags), flags)
+        assert (planned.nnodes, planned.rendezvous) == (nnodes, meet_at)
+    else:
+        with pytest.raises(ValueError, match=meet_at):
+            plan(discovery.discover(STEP, flags), flags)
+    with pytest.raises(ValueError, match="9 tasks on 2 nodes"):
+        discovery.discover(without(SLURM_STEP_NUM_TASKS="9"), LaunchFlags())
 
 
 def test_a_node_is_reached_by_the_first_of_its_names_that_resolves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +160,7 @@ def test_a_node_is_reached_by_the_first_of_its_names_that_resolves(monkeypatch: 
         discovery.reachable("node07")
 
 
-@pytest.mark.usefixtures("machine")
+@pytest.mark.usefixtures("machine", "without_gpus")
 @pytest.mark.parametrize(
     ("environment", "quota", "ranks", "threads"),
     [
@@ -147,10 +179,10 @@ def test_a_machines_ranks_and_threads(
     threads: int,
 ) -> None:
     """From what is found to what is started: nothing that was found is lost on the way."""
-    monkeypatch.setattr(discovery, "probe", lambda: {"gpus": [], "metal": False, "options": [], "reason": ""})
     monkeypatch.setattr(discovery, "find_cpu_quota", lambda: quota)
     monkeypatch.setattr(discovery, "find_tcmalloc", lambda: "libtcmalloc_minimal.so.4")
-    planned = plan(discovery.discover(environment), LaunchFlags(nnodes=1, cpu=True))
+    flags = LaunchFlags(nnodes=1, cpu=True)
+    planned = plan(discovery.discover(environment, flags), flags)
     assert (planned.nproc_per_node, planned.threads_per_rank) == (ranks, threads)
     assert planned.environment["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
     ours = quota is None and "SLURM_JOB_ID" not in environment
@@ -176,7 +208,8 @@ def test_what_is_set_already_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = {"name": "Tesla T4", "memory_bytes": 15 << 30, "pci": [0, 1, 2]}
     probed = {"gpus": [gpu, gpu], "metal": False, "options": ["--nnodes", "--signals-to-handle"], "reason": ""}
     monkeypatch.setattr(discovery, "probe", lambda: probed)
-    found = discovery.discover({"LD_PRELOAD": "libmine.so", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "5"})
+    environment = {"LD_PRELOAD": "libmine.so", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "5"}
+    found = discovery.discover(environment, LaunchFlags())
     assert (found.ld_preload, found.omp_num_threads, found.under_torchrun) == ("libmine.so", "5", True)
     assert (len(found.gpus), found.torchrun_options) == (2, {"--nnodes", "--signals-to-handle"})
     assert found.memory_bytes == psutil.virtual_memory().total
