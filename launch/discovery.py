@@ -159,12 +159,14 @@ def find_slurm(environment: Mapping[str, str], flags: LaunchFlags) -> SlurmStep 
         return None
     in_step = "SLURM_STEP_NUM_NODES" in environment
     prefix = "SLURM_STEP_NUM_" if in_step else "SLURM_N"
+    a_task, on_node = (environment.get(f"SLURM_CPUS_{name}") for name in ("PER_TASK", "ON_NODE"))
     step = SlurmStep(
         job_id=int(environment["SLURM_JOB_ID"]),
         step_id=environment.get("SLURM_STEP_ID", "") if in_step else "",
         nodes=int(environment.get(prefix + "NODES", "1")),
         tasks=int(environment.get(prefix + "TASKS", "1")) if in_step else 1,
-        cpus=int(environment.get("SLURM_CPUS_PER_TASK") or environment.get("SLURM_CPUS_ON_NODE", "0")),
+        # A batch script is one process, and has what all of the job's tasks on its node would have.
+        cpus=int((a_task or on_node if in_step else on_node or a_task) or 0),
     )
     return with_hosts(step, environment) if meets_by_itself(step, flags) else step
 

@@ -99,9 +99,20 @@ def without(*names: str, **changed: str) -> dict[str, str]:
             {"SLURM_JOB_ID": "42", "SLURM_NNODES": "4", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "3"},
             SlurmStep(job_id=42, step_id="", nodes=4, tasks=1, cpus=0),
         ),
+        (
+            {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "8", "SLURM_CPUS_PER_TASK": "1", "SLURM_CPUS_ON_NODE": "8"},
+            SlurmStep(job_id=42, step_id="", nodes=1, tasks=1, cpus=8),
+        ),
         (STEP, SlurmStep(job_id=42, step_id="3", nodes=2, tasks=2, cpus=16, first_host="node07", own_host="node08")),
     ],
-    ids=["no SLURM", "a step on one node", "CPUs for each task", "an allocation without srun", "a step on two nodes"],
+    ids=[
+        "no SLURM",
+        "a step on one node",
+        "CPUs for each task",
+        "an allocation without srun",
+        "a batch script of eight tasks",
+        "a step on two nodes",
+    ],
 )
 def test_what_slurm_says(
     environment: Mapping[str, str], expected: SlurmStep | None, monkeypatch: pytest.MonkeyPatch
