@@ -15,6 +15,7 @@ FIRST_PORT, PORTS = 10_000, 20_000
 """Rendezvous ports end below 32768, where Linux begins to give ports out to whoever connects."""
 LOOPBACK = "127.0.0.1"
 AFFINITY_VARIABLE = "GPT2_DDP_CPUS"
+ON_THE_CPU = "on the CPU with --device cpu among the trainer's flags, or launch's own --cpu"
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 SHUTDOWN_SECONDS = 600
 """How long torchrun waits after a signal before it kills: a save of 1558M with its moments writes 19 GB."""
@@ -128,7 +129,8 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
     cores = usable_cores(found)
     nproc = flags.nproc_per_node or len(gpus) or (1 if found.has_metal and not cpu else cpu_ranks(found))
     if gpus and nproc > len(gpus):
-        raise ValueError(f"--nproc-per-node {nproc}, but this node has {len(gpus)} GPUs: ask for {len(gpus)} or --cpu")
+        few = f"--nproc-per-node {nproc}, but this node has {len(gpus)} GPUs"
+        raise ValueError(f"{few}: ask for {len(gpus)}, or train {ON_THE_CPU}")
     threads = max(1, cores // nproc)
     if gpus:
         threads = min(threads, MAX_GPU_RANK_THREADS)
@@ -157,8 +159,7 @@ def plan(found: Found, flags: LaunchFlags) -> LaunchPlan:
             f"--nproc-per-node={nproc}",
             f"--max-restarts={flags.max_restarts}",
             *patience_arguments(found.torchrun_options),
-            *script_arguments(flags.module, pinned=bool(affinity)),
-            *flags.trainer,
+            *script_arguments(found, flags, pinned=bool(affinity)),
         ),
     )
 
@@ -179,7 +180,7 @@ def require_possible(found: Found, flags: LaunchFlags, *, cpu: bool) -> None:
     if min(flags.nproc_per_node, flags.nnodes, flags.max_restarts) < 0:
         raise ValueError("--nproc-per-node, --nnodes and --max-restarts must not be negative")
     if found.unused_gpu and not cpu and "--config" not in trainer_flags(flags):
-        raise ValueError(f"{found.unused_gpu}; mend that, or train on the CPU with --cpu")
+        raise ValueError(f"{found.unused_gpu}; mend that, or train {ON_THE_CPU}")
 
 
 def usable_cores(found: Found) -> int:
@@ -289,8 +290,10 @@ def patience_arguments(options: frozenset[str]) -> tuple[str, ...]:
     return tuple(f"{option}={value}" for option, value in wanted.items() if option in options)
 
 
-def script_arguments(module: str, *, pinned: bool) -> tuple[str, ...]:
-    """`module` is a dotted name or a path that ends in .py."""
-    if pinned:
-        return ("-m", "launch.pinned", module)
-    return (module,) if module.endswith(".py") else ("-m", module)
+def script_arguments(found: Found, flags: LaunchFlags, *, pinned: bool) -> tuple[str, ...]:
+    """What torchrun runs, with its flags: `flags.module` is a dotted name or a path that ends in .py."""
+    module = flags.module
+    script = ("-m", "launch.pinned", module) if pinned else (module,) if module.endswith(".py") else ("-m", module)
+    # Unlike CUDA's, a Metal GPU cannot be hidden by a variable. Another module than the trainer may have no --device.
+    told = "--device" in trainer_flags(flags) or module not in (LaunchFlags.module, "train_gpt2.py")
+    return (*script, *(("--device=cpu",) if flags.cpu and found.has_metal and not told else ()), *flags.trainer)

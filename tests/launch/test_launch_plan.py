@@ -90,7 +90,7 @@ def test_eight_a100s() -> None:
 
 
 def test_more_ranks_than_gpus_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match=r"--nproc-per-node 3, .* 2 GPUs"):
+    with pytest.raises(ValueError, match=r"--nproc-per-node 3, .* 2 GPUs: ask for 2, .* --device cpu .* --cpu$"):
         plan(node(8, gpus=(T4, T4)), LaunchFlags(nproc_per_node=3))
 
 
@@ -100,10 +100,25 @@ def test_cpu_flag_hides_the_gpus() -> None:
     assert planned.environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
+def test_a_trainer_that_would_find_metal_is_told_of_the_cpu_flag() -> None:
+    mac = node(8, has_metal=True)
+    asked = LaunchFlags(cpu=True, nproc_per_node=1, trainer=("--max-steps", "3"))
+    assert plan(mac, asked).torchrun[-4:] == ("gpt2_ddp.train", "--device=cpu", "--max-steps", "3")
+    assert plan(mac, replace(asked, module="train_gpt2.py")).torchrun[-4:-2] == ("train_gpt2.py", "--device=cpu")
+    others = (
+        (mac, replace(asked, cpu=False)),
+        (mac, replace(asked, trainer=("--device=mps",))),
+        (mac, replace(asked, module="toy.py")),
+        (node(8), asked),
+    )
+    for found, flags in others:
+        assert plan(found, flags).torchrun[-len(flags.trainer) - 1 :] == (flags.module, *flags.trainer)
+
+
 def test_a_gpu_that_pytorch_cannot_use_is_refused_unless_the_cpu_is_asked_for() -> None:
     found = node(16, unused_gpu="the driver is too old")
     for trainer in ((), ("--device", "auto"), ("--device=cpu", "--device=auto"), ("--data-dir", "cpu")):
-        with pytest.raises(ValueError, match=r"the driver is too old; .* --cpu"):
+        with pytest.raises(ValueError, match=r"the driver is too old; .* --device cpu .* --cpu$"):
             plan(found, LaunchFlags(trainer=trainer))
     # What a file of flags says of the device the trainer reads, and refuses itself.
     for trainer in (("--device", "cpu"), ("--device=cuda", "--device=cpu"), ("--config", "cpu.toml"), ("--config=c",)):

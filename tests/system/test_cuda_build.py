@@ -136,7 +136,7 @@ def test_the_launcher_does_not_either() -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: an NVIDIA driver is here (")
     assert f"PyTorch {torch.__version__}" in done.stderr
-    assert done.stderr.endswith("or train on the CPU with --cpu\n")
+    assert done.stderr.endswith("--device cpu among the trainer's flags, or launch's own --cpu\n")
 
 
 def test_hidden_or_absent_gpus_are_no_fault(tmp_path: Path) -> None:
