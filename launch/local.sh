@@ -66,11 +66,13 @@ events = [json.loads(line) for line in open(sys.argv[1])]
 losses = [event["loss"] for event in events if event["event"] == "train"]
 print(f"training loss {losses[0]:.2f} at step 1, {statistics.mean(losses[-10:]):.2f} over the last ten")
 PYTHON
+model=$(printf %q "$run") # for the shell, which would take a place with a space for two
+places=${DATA_DIR:+DATA_DIR=$(printf %q "$data") }${RUN_DIR:+RUN_DIR=$model }
 cat <<END
 the run       $run: checkpoints/ open in Hugging Face transformers as they are, metrics.jsonl, plot.png,
               and report.html where bokeh is installed: curves that answer to the mouse
-more text     $python -m eval sample --model $run --prompt "A class definition" --count 3
-train longer  bash launch/local.sh --max-steps 2000
+more text     $python -m eval sample --model $model --prompt "A class definition" --count 3
+train longer  ${places}bash launch/local.sh --max-steps 2000
 your own text $python -m data_prep text notes.txt --out data/mine
               $python -m launch -- --model gpt2-mini --data-dir data/mine --out-dir runs/mine
 GPT-2 124M    $python -m launch -- --config launch/gpt2_124m_t4.toml; others, and slurm.sbatch, are beside it

@@ -38,14 +38,15 @@ SHORT = (
     not (ROOT / ".venv" / "installed-test").exists(), reason="bash tests/run.sh makes the .venv that local.sh needs"
 )
 def test_local_goes_from_text_to_a_sample(tmp_path: Path) -> None:
-    environment = {**os.environ, "DATA_DIR": str(tmp_path / "data"), "RUN_DIR": str(tmp_path / "run")}
+    data, run = tmp_path / "the data", tmp_path / "the run"
+    environment = {**os.environ, "DATA_DIR": str(data), "RUN_DIR": str(run)}
     command = ["bash", ROOT / "launch" / "local.sh", *SHORT]
     first = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stdout + first.stderr
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("finished", 3)
-    assert (tmp_path / "run" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    report = tmp_path / "run" / "report.html"
+    assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
+    report = run / "report.html"
     assert f"wrote {report}: open it in a browser" in first.stdout
     assert "finished at step 3 of 3" in report.read_text()
     assert "The import statement" in first.stdout
@@ -71,14 +72,17 @@ def test_the_first_command_is_less_than_a_minute_of_work_and_fits_eight_ranks() 
 STAND_IN = """#!/bin/sh
 echo "$*" >>asked
 case "$*" in
-"-m launch "*) mkdir -p runs/local && echo '{"state": "'$STATE'", "step": 3}' >runs/local/status.json ;;
+"-m launch "*)
+  mkdir -p "${RUN_DIR:=runs/local}"
+  echo '{"state": "'$STATE'", "step": 3}' >"$RUN_DIR/status.json"
+  ;;
 "-c import json"*) exec "$PYTHON" "$@" ;;
 esac
 """
 """A Python that writes down what it is asked for, and whose training ends in $STATE."""
 
 
-def local(checkout: Path, *flags: str, state: str = "finished") -> subprocess.CompletedProcess[str]:
+def local(checkout: Path, *flags: str, state: str = "finished", **places: str) -> subprocess.CompletedProcess[str]:
     """launch/local.sh in a checkout in which nothing is to be installed."""
     for folder in ("launch", ".venv/bin"):
         (checkout / folder).mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def local(checkout: Path, *flags: str, state: str = "finished") -> subprocess.Co
     (checkout / "launch" / "setup.sh").touch()
     (checkout / ".venv" / "bin" / "python").write_text(STAND_IN)
     (checkout / ".venv" / "bin" / "python").chmod(0o755)
-    told = {name: value for name, value in os.environ.items() if name not in ("DATA_DIR", "RUN_DIR")}
+    told = {name: value for name, value in os.environ.items() if name not in ("DATA_DIR", "RUN_DIR")} | places
     return subprocess.run(
         ["bash", "launch/local.sh", *flags], cwd=checkout, env=told | {"STATE": state, "PYTHON": sys.executable},
         capture_output=True, text=True, check=False,
@@ -101,6 +105,18 @@ def test_local_does_not_sample_a_run_that_was_asked_to_stop(tmp_path: Path) -> N
     finished = local(tmp_path)
     assert (finished.returncode, "== done" in finished.stdout) == (0, True)
     assert "-m eval sample --model runs/local" in (tmp_path / "asked").read_text()
+
+
+def test_local_prints_commands_that_can_be_pasted(tmp_path: Path) -> None:
+    """They go to this run, also where its place has a space; where none was named they name none."""
+    default = local(tmp_path).stdout
+    assert "train longer  bash launch/local.sh --max-steps 2000\n" in default
+    assert "-m eval sample --model runs/local --prompt" in default
+    printed = local(tmp_path, DATA_DIR="my data", RUN_DIR="my 'own' run").stdout
+    lines = {line[:13]: shlex.split(line[13:]) for line in printed.splitlines() if line.startswith(("more", "train"))}
+    assert lines["train longer "][:3] == ["DATA_DIR=my data", "RUN_DIR=my 'own' run", "bash"]
+    assert lines["more text    "][:5] == [".venv/bin/python", "-m", "eval", "sample", "--model"]
+    assert lines["more text    "][5] == "my 'own' run"
 
 
 @pytest.mark.parametrize("flags", [("--out-dir", "b"), ("--out_dir=b",), ("--data_dir", "d"), ("--config=f",)])
