@@ -143,11 +143,13 @@ def test_setup_without_a_fitting_python_says_so(tmp_path: Path, version: str, sa
 
 WITHOUT_PIP = """#!/bin/sh
 case "$*" in
+"-ISc "*realpath*) readlink -f "$0" ;;
+"-ISc "*) echo 3.11 ;;
 "-m pip --version") [ -e .venv/pip ] ;;
 "-m venv "*) echo "$0 $*" >>asked; touch .venv/pip; [ -e .venv/bin/python ] || ln -sf "$0" .venv/bin/python ;;
 esac
 """
-"""A Python that has pip in .venv once it was asked to make that."""
+"""Python 3.11 that has pip in .venv once it was asked to make that."""
 
 
 def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -161,34 +163,69 @@ def set_up(checkout: Path, **environment: str) -> subprocess.CompletedProcess[st
     )  # fmt: skip
 
 
+def python(path: Path, version: str) -> Path:
+    """A stand-in for Python of that version, to which all succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {version}\n")
+    path.chmod(0o755)
+    return path
+
+
+def installed(checkout: Path, version: str) -> Path:
+    """The stamp of a .venv in which all is installed for Python `version`."""
+    python(checkout / ".venv" / "bin" / "python", version)
+    read = (ROOT / "setup.cfg").read_bytes() + (ROOT / "launch" / "constraints.txt").read_bytes()
+    wanted = subprocess.run(["cksum"], input=read, capture_output=True, check=True).stdout.decode().strip()
+    stamp = checkout / ".venv" / "installed-test"
+    stamp.write_text(f"{wanted} Python {version}\n")
+    return stamp
+
+
 def test_setup_asks_for_no_python_where_all_is_installed(tmp_path: Path) -> None:
     for name in ("bash", "dirname", "cat", "cksum"):
         (tmp_path / name).symlink_to(str(shutil.which(name)))
-    checkout = tmp_path / "checkout"
-    (checkout / ".venv" / "bin").mkdir(parents=True)
-    (checkout / ".venv" / "bin" / "python").touch(mode=0o755)
-    read = (ROOT / "setup.cfg").read_bytes() + (ROOT / "launch" / "constraints.txt").read_bytes()
-    wanted = subprocess.run(["cksum"], input=read, capture_output=True, check=True).stdout
-    (checkout / ".venv" / "installed-test").write_bytes(wanted)
-    done = set_up(checkout, PATH=str(tmp_path))
+    installed(tmp_path / "checkout", "3.11")
+    done = set_up(tmp_path / "checkout", PATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_setup_installs_anew_where_the_environments_python_became_another(tmp_path: Path) -> None:
+    installed(tmp_path, "3.11")
+    python(tmp_path / ".venv" / "bin" / "python", "3.12")
+    first, second = (set_up(tmp_path, PATH=os.environ["PATH"]) for _ in range(2))
+    assert (first.returncode, "setup: installing" in first.stdout) == (0, True)
+    assert (second.returncode, second.stdout) == (0, "")
+
+
+@pytest.mark.parametrize(("version", "told"), [("3.12", "is 3.12"), ("", "is no Python"), ("3.11", "")])
+def test_setup_does_not_pass_over_the_python_that_was_asked_for(tmp_path: Path, version: str, told: str) -> None:
+    stamp = installed(tmp_path, "3.11")
+    asked = python(tmp_path / "another", version) if version else tmp_path / "gone"
+    done = set_up(tmp_path, PATH=os.environ["PATH"], PYTHON=str(asked))
+    assert (done.returncode, done.stdout) == (2 if told else 0, "")
+    if told:
+        assert done.stderr.startswith(f"error: .venv has Python 3.11, but PYTHON={asked} {told}: delete .venv ")
+    assert done.stderr.count("\n") == (1 if told else 0)
+    assert stamp.exists()
 
 
 @pytest.mark.parametrize(
     ("broken", "asked"),
-    [("without pip", ".venv/bin/python -m venv .venv"), ("without its Python", "python3 -m venv --clear .venv")],
+    [
+        ("without pip", ".venv/bin/python -m venv .venv"),
+        ("of another Python", "python3.11 -m venv --clear .venv"),
+        ("without its Python", "python3 -m venv --clear .venv"),
+    ],
 )
 def test_setup_mends_an_environment(tmp_path: Path, broken: str, asked: str) -> None:
-    """One that was interrupted or made by uv has no pip; another's Python may have gone."""
-    python = tmp_path / "python3"
-    python.write_text(WITHOUT_PIP)
-    python.chmod(0o755)
+    """One that was interrupted or made by uv has no pip; its Python may have been replaced, or gone."""
+    for name in ("python3", "python3.11"):
+        (tmp_path / name).write_text(WITHOUT_PIP)
+        (tmp_path / name).chmod(0o755)
     inner = tmp_path / "checkout" / ".venv" / "bin" / "python"
     inner.parent.mkdir(parents=True)
-    if broken == "without pip":
-        shutil.copy(python, inner)
-    else:
-        inner.symlink_to(tmp_path / "gone")
+    (inner.parents[1] / "lib" / ("python3.10" if broken == "of another Python" else "python3.11")).mkdir(parents=True)
+    inner.symlink_to(tmp_path / ("gone" if broken == "without its Python" else "python3.11"))
     first, second = (set_up(tmp_path / "checkout", PATH=f"{tmp_path}:{os.environ['PATH']}") for _ in range(2))
     assert (first.returncode, first.stderr) == (0, "")
     made = (tmp_path / "checkout" / "asked").read_text()
