@@ -15,6 +15,7 @@ from gpt2_ddp.data.manifest import Manifest, read_manifest
 from gpt2_ddp.data.own_tokenizer import OwnTokenizer
 from gpt2_ddp.data.shards import Split
 from gpt2_ddp.data.tokenizer import vocabulary_of
+from gpt2_ddp.system.control_groups import cpu_quota
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file
 
@@ -82,7 +83,8 @@ def prepare(
 
 
 def chosen_workers(workers: int | None) -> int:
-    """The tokenizing processes that are asked for, or the physical cores that this process may use.
+    """The tokenizing processes that are asked for, or the physical cores that this process may use, as far as a control
+    group grants their time.
 
     Raises:
         UserError: where less than one is asked for.
@@ -93,7 +95,7 @@ def chosen_workers(workers: int | None) -> int:
         return workers
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return min(physical, allowed)
+    return max(1, min(physical, allowed, int(cpu_quota() or physical)))
 
 
 @contextlib.contextmanager

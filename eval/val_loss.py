@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import psutil
 import torch
 import tyro
 
@@ -20,6 +19,7 @@ from gpt2_ddp.model.gpt import GPTConfig
 from gpt2_ddp.model.head import LARGE_MEMORY, head_rows_for
 from gpt2_ddp.model.memory import USABLE
 from gpt2_ddp.model.shapes import block_matrix_size
+from gpt2_ddp.system.control_groups import available_memory
 from gpt2_ddp.system.errors import UserError
 
 BUSY_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -89,7 +89,7 @@ def chosen_micro_batch(opened: OpenModel) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available // opened.context.local_world_size
+        free = available_memory() // opened.context.local_world_size
     return largest_micro_batch(
         opened.gpt.config,
         sequence_length=opened.sequence_length,

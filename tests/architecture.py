@@ -80,6 +80,7 @@ BESIDE = {
     "build.prolonging": "runs that go on for longer than they were to, and rates that jump",
     "system.allocator": "speed on CPUs",
     "system.checkout": "which program it was",
+    "system.control_groups": "--micro-batch-size auto on CPUs",
     "system.console": "a console that nobody reads any more",
     "system.speed": "--dtype auto on CPUs",
     "system.cuda_build": "a GPU that PyTorch cannot use is explained",

@@ -20,6 +20,7 @@ from gpt2_ddp.model.gpt import GPT, GPTConfig
 from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
 from gpt2_ddp.optim.rule import OptimizerRule
 from gpt2_ddp.optim.updates import zero_gradients
+from gpt2_ddp.system.control_groups import available_memory
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.precision import Precision
 
@@ -143,8 +144,7 @@ def find_memory(context: DistContext) -> tuple[int, int]:
     """Bytes of memory that are free for this rank, and that its device has."""
     if context.device.type == "cuda":
         return torch.cuda.mem_get_info(context.device)
-    memory = psutil.virtual_memory()
-    return memory.available // context.local_world_size, memory.total
+    return available_memory() // context.local_world_size, psutil.virtual_memory().total
 
 
 def largest_fitting(candidates: Sequence[int], fits: Callable[[int], bool], context: DistContext) -> int:
