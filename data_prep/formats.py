@@ -20,8 +20,8 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import json_object
 
-from .places import Place, filesystem, kind_of, opened, refusals_told, unpacked
-from .sources import CHUNK_BYTES, CONVERT, text_of
+from .places import Place, filesystem, is_packed, kind_of, opened, refusals_told, unpacked
+from .sources import CHUNK_BYTES, conversion, text_of
 
 DOCUMENT_BYTES = 1 << 16
 """A longer .txt file is cut at blank lines into documents of about this size, so that it is never in memory whole."""
@@ -95,8 +95,13 @@ def text_documents(piece: Piece) -> Iterator[str]:
             yield document.decode()
         except UnicodeDecodeError as error:
             at = piece.start + end - len(document) + error.start
-            raise UserError(f"{piece.path}: not UTF-8 text at byte {at}; {CONVERT}") from error
+            raise UserError(f"{piece.path}: not UTF-8 text at byte {at}; {_conversion(piece.path)}") from error
         begin = end
+
+
+def _conversion(place: Place) -> str:
+    with unpacked(place) if is_packed(place) else opened(place) as file:
+        return conversion(file.read(2))
 
 
 def _cut(text: bytes, target: int) -> int:
@@ -125,7 +130,10 @@ def json_documents(piece: Piece, text_field: str) -> Iterator[str | None]:
         try:
             yield _text_of(json_object(line), text_field)
         except UserError as error:
-            raise UserError(f"{piece.path}, line {_line_number(piece, begin)}: {error}") from error
+            where = f"{piece.path}, line {_line_number(piece, begin)}"
+            if isinstance(error.__context__, UnicodeDecodeError):
+                raise UserError(f"{where}: not UTF-8 text; {_conversion(piece.path)}") from error
+            raise UserError(f"{where}: {error}") from error
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -219,7 +227,9 @@ class ParquetRows:
             try:
                 values = taken.to_pylist()
             except UnicodeDecodeError as error:  # a column that calls itself text and was not checked
-                raise UserError(f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; {CONVERT}") from error
+                raise UserError(
+                    f"{where}, rows {first} to {self._next - 1}: not UTF-8 text; {conversion(b'')}"
+                ) from error
             yield from (text_of(value, f"{where}, row {row}") for row, value in enumerate(values, start=first))
 
 

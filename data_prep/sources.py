@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import itertools
 import platform
@@ -16,7 +17,12 @@ STREAM_ROWS = 256
 CHUNK_BYTES = 1 << 21
 """About this much text in a chunk: half a million tokens, a tenth of a second of tokenizing."""
 CHUNK_ROWS = 1 << 14
-CONVERT = "convert it, for instance by: iconv -f LATIN1 -t UTF-8"
+
+
+def conversion(beginning: bytes) -> str:
+    """The mend for a text that is not UTF-8, by its first bytes."""
+    utf_16 = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return f"convert it, for instance by: iconv -f {'UTF-16' if utf_16 else 'LATIN1'} -t UTF-8"
 
 
 def text_of(value: object, where: str) -> str | None:
@@ -31,7 +37,7 @@ def text_of(value: object, where: str) -> str | None:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text at byte {error.start} of it; {CONVERT}") from error
+            raise UserError(f"{where}: not UTF-8 text at byte {error.start} of it; {conversion(value)}") from error
     raise UserError(f"{where}: {type(value).__name__}, not text; choose another --text-field")
 
 

@@ -202,11 +202,12 @@ def test_no_field_with_text(tmp_path: Path) -> None:
     assert texts_of(chosen.out, "train") == ["deep"]
 
 
-def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("Straße".encode("latin-1"))
+@pytest.mark.parametrize(("name", "encoding"), [("a.txt", "latin-1"), ("a.txt", "utf-16"), ("a.jsonl", "utf-16")])
+def test_text_that_is_not_utf_8(tmp_path: Path, name: str, encoding: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(('{"text": "Straße"}\n' if name == "a.jsonl" else "Straße").encode(encoding))
     chosen = command(tmp_path, paths=(str(path),), val_tokens=None)
-    found = advice(chosen.run, r"at byte 4; convert it, for instance by: (iconv .*)$")
+    found = advice(chosen.run, r"not UTF-8 text.*; convert it, for instance by: (iconv .*)$")
     if shutil.which("iconv") is None:
         pytest.skip("needs iconv, which the advice names")
     path.write_bytes(subprocess.run([*found[1].split(), str(path)], check=True, capture_output=True).stdout)
@@ -215,13 +216,13 @@ def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_packed_files(tmp_path: Path) -> None:
-    packed = tmp_path / "a.txt.xz"
+    packed = tmp_path / "in" / "a.txt.xz"
+    packed.parent.mkdir()
     packed.write_bytes(lzma.compress(b"text"))
-    for argument in (packed, tmp_path):
+    for argument in (packed, packed.parent):
         chosen = command(tmp_path, paths=(str(argument),), val_tokens=None, out=tmp_path / "out" / argument.name)
-        (tmp_path / "texts.jsonl").unlink(missing_ok=True)
         advice(chosen.run, "unpack it first" if argument == packed else r"holds 1 \.txt\.xz")
-    (tmp_path / "a.txt").write_bytes(lzma.decompress(packed.read_bytes()))
+    packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
     chosen.run()
     assert texts_of(chosen.out, "train") == ["text"]
 
