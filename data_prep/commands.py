@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
 
 from .files import READ, UNREAD, Files
-from .output import require_place
+from .output import require_apart, require_no_tokenizer, require_place
 from .prepare import Settings, chosen_workers, prepare
 from .sources import PythonTopics, Source
 from .tokenizers import TrainTokenizer, found_tokenizer
@@ -26,6 +27,8 @@ from .tokenizers import TrainTokenizer, found_tokenizer
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
+SHAKESPEARE = "tinyshakespeare.txt"
+"""Its name in the directory of its shards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ class Shards:
     """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said); never
     the first, and the second in any case."""
     workers: int | None = None
-    """Tokenizing processes; all physical cores if nothing is said. The shards do not depend on it."""
+    """Tokenizing processes; all physical cores that are granted if nothing is said. The shards do not depend on it."""
 
     tokenizer: str | None = None
     """Another tokenizer than GPT-2's: a tokenizer.json of the tokenizers library, the folder of one, or the name of a
@@ -63,13 +66,14 @@ class Shards:
         workers = chosen_workers(self.workers)
         require_place(self.out)
         tokenizer = found_tokenizer(self.tokenizer) if self.tokenizer else None
+        require_no_tokenizer(self.out, tokenizer.files() if tokenizer else ())
         manifest = prepare(self.source(), self.out, settings, workers, tokenizer)
         for split, documents in manifest.documents.items():
             shards = [record for record in manifest.shards if record.name.startswith(split)]
             tokens = sum(record.tokens for record in shards)
             count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
             print(f"{split}: {tokens:,} tokens of {documents:,} documents in {count} in {self.out}")
-        print(f"next: python train_gpt2.py --data-dir {self.out}")
+        print(f"next: python train_gpt2.py --data-dir {shlex.quote(str(self.out))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,7 @@ class Text(Shards):
         if not self.paths:
             raise UserError("no file given; python -m data_prep text FILE_OR_FOLDER... --out DIR")
         files = Files(paths=self.paths, text_field=self.text_field)
+        require_apart(self.out, files.inputs())
         if left_out := files.left_out():
             packed = " (unpack them first)" if any(suffix in left_out for suffix in UNREAD) else ""
             print(f"left out: {left_out}{packed}; {READ} are read")
@@ -127,6 +132,7 @@ class Hub(Shards):
     def source(self) -> Source:
         from .hub import hub_source
 
+        require_apart(self.out, local(self.dataset))
         return hub_source(
             self.dataset,
             config=self.config,
@@ -158,6 +164,8 @@ class Shakespeare(Shards):
 
     def source(self) -> Source:
         path = self.file or downloaded_shakespeare(self.out)
+        if path.resolve() != (self.out / SHAKESPEARE).resolve():
+            require_apart(self.out, [path])
         revision = hashlib.sha256(path.read_bytes()).hexdigest()
         return Files(paths=(str(path),), text_field="text", revision=revision)
 
@@ -181,9 +189,10 @@ class HellaSwag:
 
         path = self.out / "hellaswag_val.jsonl"
         require_writable(self.out)
+        require_apart(self.out, local(self.dataset))
         count = write_hellaswag(self.dataset, split=self.split, revision=self.revision, path=path)
         print(f"{count:,} examples in {path}")
-        print(f"next: python -m eval hellaswag --model gpt2 --data {path}")
+        print(f"next: python -m eval hellaswag --model gpt2 --data {shlex.quote(str(path))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,13 +219,18 @@ class Inspect:
             print(line)
 
 
+def local(dataset: str) -> list[Path]:
+    """The directory that the `datasets` library is given, where it is none of the hub."""
+    return [Path(dataset)] if Path(dataset).is_dir() else []
+
+
 def downloaded_shakespeare(directory: Path) -> Path:
     """The text in `directory`, downloaded if it is not there.
 
     Raises:
         UserError: where there is no network, and for another text than the one known by its SHA-256.
     """
-    path = directory / "tinyshakespeare.txt"
+    path = directory / SHAKESPEARE
     if path.is_file():
         return path
     try:

@@ -25,6 +25,8 @@ READ = f"{', '.join(KINDS)}, the first two also as {' and '.join(PACKED)}"
 UNREAD = (*PACKED, ".bz2", ".xz", ".zip", ".7z")
 """Packed files of which a folder may hold some that are not read, as a .tar.gz."""
 CHUNK_FILES = 256
+LOCAL = "file://"
+"""How fsspec begins the address of a file on this machine."""
 UNPACKERS = 4
 """Packed files that are unpacked at a time, to see that they are whole."""
 
@@ -66,6 +68,17 @@ class Files:
         for found in self._elsewhere.values():
             kinds.update(_suffixes(file.place) for file in found if not kind_of(file.place))
         return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+    def inputs(self) -> Iterator[Path]:
+        """The files and folders on this machine that are named. Of a folder that a pattern matches, which may be one
+        that an earlier run has made, its files that are read.
+        """
+        for path in _distinct(self.paths):
+            named = path in map(Path, self.paths)
+            yield from [path] if named or not path.is_dir() else _files_under(path)
+        for found in (found for files in self._elsewhere.values() for found in files):
+            if str(found.place).startswith(LOCAL):
+                yield Path(str(found.place).removeprefix(LOCAL))
 
     def check(self, *, whole: bool = True) -> None:
         """Open every file and look at its first line, or its columns: hours before its turn may come.

@@ -169,6 +169,32 @@ def require_place(data_dir: Path) -> None:
         _require_no_others(data_dir)
 
 
+def require_no_tokenizer(data_dir: Path, names: Iterable[str]) -> None:
+    """
+    Raises:
+        UserError: if the directory holds one of the files `names` of a tokenizer, and no preparation has put it there.
+    """
+    manifest = read_manifest(data_dir) if data_dir.is_dir() else None
+    if manifest is not None and manifest.tokenizer != "gpt2":
+        return
+    if there := next((data_dir / name for name in names if (data_dir / name).exists()), None):
+        raise UserError(f"{there} would be written over; choose another --out")
+
+
+def require_apart(out: Path, inputs: Iterable[Path]) -> None:
+    """What is read changes with what is written into it, and who deletes `out` to prepare it again shall lose nothing.
+
+    Raises:
+        UserError: if `out` is one of the files and folders that are read, lies in one, or holds one.
+    """
+    place = out.resolve()
+    for path in inputs:
+        for found in (path.resolve(), path.parent.resolve() / path.name):  # a link, and what it points to
+            if found == place or found in place.parents or place in found.parents:
+                how = "is" if found == place else "lies in" if found in place.parents else "holds"
+                raise UserError(f"--out {out} {how} {path}, which is read: choose an --out apart from it")
+
+
 def _require_no_others(data_dir: Path) -> None:
     if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
         raise UserError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")

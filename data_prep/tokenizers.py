@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from gpt2_ddp.data.own_tokenizer import ENDS, FILE, OwnTokenizer, own_tokenizer
+from gpt2_ddp.data.own_tokenizer import ENDS, FILE, SETTINGS, OwnTokenizer, own_tokenizer
 from gpt2_ddp.model.vocabulary import MOST_TOKENS
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
@@ -64,8 +65,9 @@ class TrainTokenizer:
             raise UserError(f"--vocab-size {self.vocab_size} should be from {FEWEST_TOKENS} to {MOST_TOKENS}")
         if not self.paths:
             raise UserError("no file given; python -m data_prep train-tokenizer FILE_OR_FOLDER... --out DIR")
-        if (self.out / FILE).exists():
-            raise UserError(f"{self.out / FILE} is there already; choose another --out, or delete it")
+        for path in (self.out / FILE, self.out / SETTINGS):
+            if path.exists():
+                raise UserError(f"{path} is there already; choose another --out, or delete it")
         require_writable(self.out)
         source = Files(paths=self.paths, text_field=self.text_field)
         source.check()
@@ -74,8 +76,8 @@ class TrainTokenizer:
         for name, contents in tokenizer.files().items():
             replace_file(self.out / name, contents)
         print(f"{tokenizer.n_vocab:,} tokens in {self.out / FILE}")
-        paths = " ".join(self.paths) if len(self.paths) < 4 else "FILES_OR_FOLDERS"
-        print(f"next: python -m data_prep text {paths} --tokenizer {self.out} --out DIR")
+        paths = shlex.join(self.paths) if len(self.paths) < 4 else "FILES_OR_FOLDERS"
+        print(f"next: python -m data_prep text {paths} --tokenizer {shlex.quote(str(self.out))} --out DIR")
 
 
 def trained(source: Source, vocab_size: int) -> bytes:

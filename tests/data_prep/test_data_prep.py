@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -117,10 +118,11 @@ def test_no_text_is_in_both_splits(tmp_path: Path) -> None:
 
 def test_odd_documents(tmp_path: Path) -> None:
     texts: list[object] = ["first", "", None, "a <|endoftext|> b", "\ud83d alone", "\r\n dos\r\n", "日本語 👩‍👩‍👧"]
-    write_jsonl(tmp_path / "odd.jsonl", texts)
-    (tmp_path / "z.txt").write_bytes(b"\xef\xbb\xbfwith a byte order mark\r\n")
-    out = tmp_path / "out"
-    prepare("text", tmp_path, "--out", out, "--val-fraction", 0)
+    out = tmp_path / "out with spaces"
+    odd, marked = write_jsonl(tmp_path / "odd.jsonl", texts), tmp_path / "z.txt"
+    marked.write_bytes(b"\xef\xbb\xbfwith a byte order mark\r\n")
+    done = prepare("text", odd, marked, "--out", out, "--val-fraction", 0)
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["--data-dir", str(out)]
     kept = ["first", "a <|endoftext|> b", "\ufffd alone", "\r\n dos\r\n", "日本語 👩‍👩‍👧", "with a byte order mark\r\n"]
     assert split_tokens(out, "train") == expected_tokens(kept)
     assert manifest(out)["documents"] == {"train": 6, "val": 0}

@@ -99,10 +99,12 @@ def test_text_of_a_type_that_extends_strings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("streaming", [None, False, True])
 def test_bytes_that_are_no_text_are_named_by_their_row(streaming: bool | None, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": [b"good", b"b\xffd"]}), tmp_path / "train.parquet")
-    command: Shards = Text(paths=(str(tmp_path),), out=tmp_path / "out")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": [b"good", b"b\xffd"]}), folder / "train.parquet")
+    command: Shards = Text(paths=(str(folder),), out=tmp_path / "out")
     if streaming is not None:
-        command = Hub(dataset=str(tmp_path), out=tmp_path / "out", streaming=streaming)
+        command = Hub(dataset=str(folder), out=tmp_path / "out", streaming=streaming)
     with pytest.raises(ValueError, match="row 1: not UTF-8 text at byte 1 of it; convert it"):
         run(command)
 
@@ -112,7 +114,7 @@ def test_a_string_column_that_was_never_checked(tmp_path: Path) -> None:
     column = pa.Array.from_buffers(pa.string(), 2, good.buffers())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row group 0, rows 0 to 1: not UTF-8 text"):
-        run(Text(paths=(str(tmp_path),), out=tmp_path / "out"))
+        run(Text(paths=(str(tmp_path / "a.parquet"),), out=tmp_path / "out"))
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

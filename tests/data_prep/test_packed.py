@@ -176,7 +176,7 @@ def test_what_was_begun_stands_where_an_address_ends_early(texts: Path, tmp_path
 
 def test_a_command_that_meets_a_cut_file_ends_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"words " * 1000)[:-9])
-    told = refused("text", tmp_path, "--out", tmp_path / "out", "--workers", 1)
+    told = refused("text", tmp_path / "a.txt.gz", "--out", tmp_path / "out", "--workers", 1)
     assert told.startswith(f"error: {tmp_path / 'a.txt.gz'}: cut short or damaged (EOFError")
 
 
@@ -184,11 +184,10 @@ def test_errors_name_the_line_and_the_byte(tmp_path: Path) -> None:
     lines = b'{"text": "fine"}\n' * 20_000 + b"\n{broken\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, 1))
     with pytest.raises(UserError, match=r"a\.jsonl\.gz, line 20002: not JSON"):
-        shards(tmp_path, tmp_path / "out")
-    (tmp_path / "a.jsonl.gz").unlink()
+        shards(tmp_path / "a.jsonl.gz", tmp_path / "out")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\n" * 300_000 + b"\xff", 1))
     with pytest.raises(UserError, match=r"a\.txt\.gz: not UTF-8 text at byte 300000"):
-        shards(tmp_path, tmp_path / "other")
+        shards(tmp_path / "a.txt.gz", tmp_path / "other")
 
 
 def test_a_bomb_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
