@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from gpt2_ddp.build.prolonging import branch_to_prolong, put_finished_aside, rate_jump
-from gpt2_ddp.checkpoint.choice import checkpoints, named, newest_good, set_aside
+from gpt2_ddp.checkpoint.choice import SUPERSEDED, checkpoints, named, newest_good, set_aside
 from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.checkpoint.state import Found, read_state
 from gpt2_ddp.config import TrainConfig, flag
@@ -100,7 +100,7 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
         newer = other.name > step_name(state["step"])
         if newer or not of_this_run:
             why = "is newer" if newer else "may not lead to it"
-            said.append(f"{other.name} {why}; set aside as {set_aside(other, 'superseded').name}")
+            said.append(f"{other.name} {why}; set aside as {set_aside(other, SUPERSEDED).name}")
     said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
     said += [] if branch else rate_jump(config, state["config"], state["step"])
     return Found(path=path, state=state, said=said)

@@ -12,6 +12,8 @@ from gpt2_ddp.system.errors import UserError
 
 FINISHED = "finished"
 """Why the last checkpoint of a run that is prolonged is set aside."""
+SUPERSEDED = "superseded"
+"""Why checkpoints are that are newer than the one from which a run goes on."""
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -13,14 +13,14 @@ from drivers import warm
 from running import checkpoint, copy_until, final_hashes, metrics, tree, wait_until
 
 from gpt2_ddp.checkpoint import mirror as mirroring
-from gpt2_ddp.checkpoint.choice import checkpoints
+from gpt2_ddp.checkpoint.choice import SUPERSEDED, checkpoints, set_aside
 from gpt2_ddp.checkpoint.files import MANIFEST, faults, step_name, write_checkpoint
 from gpt2_ddp.checkpoint.mirror import Mirror, fetch, kept
 
 
-def save(run: Path, *steps: int) -> Path:
+def save(run: Path, *steps: int, letter: bytes = b"a") -> Path:
     for step in steps:
-        write_checkpoint(run / "checkpoints" / step_name(step), {"a.bin": b"a" * 999, "z.json": {"step": step}})
+        write_checkpoint(run / "checkpoints" / step_name(step), {"a.bin": letter * 999, "z.json": {"step": step}})
         (run / "metrics.jsonl").write_text("".join(f'{{"step": {at}}}\n' for at in range(1, step + 1)))
     return run
 
@@ -145,6 +145,41 @@ def test_a_run_that_begins_anew_does_not_write_over_the_one_on_the_drive(tmp_pat
     said = list[str]()
     fetch(tmp_path / "nothing", tmp_path / "run", say=said.append)
     assert said == [f"no whole checkpoint in {tmp_path / 'nothing'}: the run begins"]
+
+
+@pytest.mark.parametrize("again", [b"a", b"b"], ids=["the same bytes", "others"])
+@pytest.mark.parametrize("seen", [6, 8, 10])
+def test_a_run_that_went_back_replaces_what_it_left_behind(tmp_path: Path, again: bytes, seen: int) -> None:
+    run, drive, said = save(tmp_path / "run", 6, 8, 10), tmp_path / "drive", list[str]()
+    mirror = Mirror(run, drive, count=2)
+    mirror.update()
+    for step in (8, 10):
+        set_aside(run / "checkpoints" / step_name(step), SUPERSEDED)
+    fetch(drive, run, say=said.append)
+    assert said == [f"{run} has gone back to before {step_name(10)} of {drive}: nothing to fetch"]
+    for step in (6, 8, 10):
+        if step > 6:
+            save(run, step, letter=again)
+        if step >= seen:
+            assert "warning" not in "".join(mirror.update())
+            assert mirror.update() == []
+            assert steps(drive) == steps(run)[:2]
+            for path in checkpoints(drive / "checkpoints"):
+                assert tree(path) == tree(run / "checkpoints" / path.name)
+    fetch(drive, run, say=said.append)
+    assert said[1:] == [f"{run} is at {step_name(10)}, {drive} at {step_name(10)}: nothing to fetch"]
+
+
+@pytest.mark.usefixtures("no_rename")
+def test_a_prolonged_run_does_not_have_all_that_its_copies_have(tmp_path: Path) -> None:
+    """Fetched were the last and the one to go on from: what the drive has between them is of the shorter run."""
+    drive, run = save(tmp_path / "drive", 4, 6, 8, 10), save(tmp_path / "run", 6)
+    (run / "checkpoints" / f"{step_name(10)}.finished").mkdir()
+    for file in (drive / "checkpoints" / step_name(10)).iterdir():
+        shutil.copy(file, run / "checkpoints" / f"{step_name(10)}.finished")
+    assert Mirror(run, drive, count=2).update() == []
+    assert steps(drive) == [6, 4]
+    assert not faults(drive / "checkpoints" / f"{step_name(10)}.finished")
 
 
 def test_while_the_run_goes_on_its_checkpoints_come_over_and_a_refusal_is_no_end(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from drivers import warm
-from running import final_hashes, metrics
+from running import final_hashes, metrics, tree
 
 from gpt2_ddp.checkpoint.files import faults
+from gpt2_ddp.checkpoint.mirror import Mirror, fetch
 
 WSD = ("--schedule", "wsd", "--cooldown-fraction", "0.5", "--keep-checkpoints", "1")
 
@@ -21,12 +22,21 @@ def names(out_dir: Path) -> list[str]:
 def test_a_longer_run_from_before_the_cool_down_is_the_run_that_was_longer_at_once(
     shared_folder: Path, data_dir: Path, tmp_path: Path
 ) -> None:
-    """Of 12 steps 6 are left out, with a checkpoint among them; of 24 none but the last 12 have a lower rate."""
+    """Of 12 steps 6 are left out, with a checkpoint among them; of 24 none but the last 12 have a lower rate.
+
+    So is one of which only the copies are left; their drive then has what the longer run has.
+    """
     straight, out_dir = warm.clean_run(shared_folder, data_dir, *WSD, "--max-steps", "24"), tmp_path / "run"
     done = warm.train(out_dir, data_dir, *WSD, "--keep-checkpoints", "2")
     assert done.stdout.endswith("a larger --max-steps goes on from step 6, before the cool-down\n")
     assert names(out_dir) == ["step_00000006", "step_00000008", "step_00000012"]
-    short = (out_dir / "metrics.jsonl").read_text()
+    short, drive = (out_dir / "metrics.jsonl").read_text(), tmp_path / "drive"
+    Mirror(out_dir, drive, count=2).update()
+    shutil.rmtree(out_dir)
+    fetch(drive, out_dir)
+    assert (names(out_dir), names(drive)) == (
+        ["step_00000006", "step_00000012"], ["step_00000006", "step_00000008", "step_00000012"],
+    )  # fmt: skip
     again = warm.train(out_dir, data_dir, *WSD, "--max-steps", "24").stdout
     assert "step_00000012 stays as step_00000012.finished, its log as metrics.step_00000012.jsonl\n" in again
     assert f"resuming {out_dir} from {out_dir}/checkpoints/step_00000006 at step 6\n" in again
@@ -37,6 +47,8 @@ def test_a_longer_run_from_before_the_cool_down_is_the_run_that_was_longer_at_on
     assert (out_dir / "metrics.step_00000012.jsonl").read_text() == short
     assert names(out_dir) == ["step_00000012", "step_00000012.finished", "step_00000024"]
     assert not faults(out_dir / "checkpoints" / "step_00000012.finished")
+    assert "warning" not in "".join(Mirror(out_dir, drive, count=1).update())
+    assert tree(drive / "checkpoints") == tree(out_dir / "checkpoints")
     assert (
         "nothing to do"
         in warm.train(out_dir, data_dir, *WSD, "--max-steps", "24", "--cooldown-fraction", "0.25").stdout
