@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
+import torch
 
 from data_prep import prepare
+from eval import val_loss
+from eval.model_choice import OpenModel
+from eval.val_loss import BUSY_TOKENS
 from gpt2_ddp.build import micro_batch
 from gpt2_ddp.distributed.context import DistContext
+from gpt2_ddp.model.gpt import SIZES
 from gpt2_ddp.system.control_groups import available_memory, cpu_quota
+from gpt2_ddp.system.precision import Precision
 
 MIB = 1 << 20
 
@@ -63,6 +71,15 @@ def test_version_1_by_its_own_paths_and_in_a_container_that_does_not_see_them(tm
 def test_who_takes_what_there_is_takes_no_more_than_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_batch, "available_memory", lambda: 10 * MIB)
     assert micro_batch.find_memory(DistContext())[0] == 10 * MIB
+    opened = SimpleNamespace(
+        context=DistContext(),
+        gpt=SimpleNamespace(config=SIZES["gpt2-nano"]),
+        sequence_length=16,
+        precision=Precision.of(torch.float32, torch.device("cpu")),
+    )
+    for free, size in ((0, 1), (1 << 40, BUSY_TOKENS["cpu"] // 16)):
+        monkeypatch.setattr(val_loss, "available_memory", lambda free=free: free)
+        assert val_loss.chosen_micro_batch(cast(OpenModel, opened)) == size
     monkeypatch.setattr("psutil.cpu_count", lambda **_: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
     for quota, workers in ((2.9, 2), (0.5, 1), (None, 64), (100.0, 64)):
