@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,8 @@ def test_a_run_begins_with_what_transformers_made_of_a_checkpoint(
     theirs.resize_token_embeddings(500)
     theirs.save_pretrained(tmp_path / "model", max_shard_size="10KB")
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 2
+    for name in ("vocab.json", "merges.txt"):  # as its tokenizer saves them; else nobody knows whose tokens they are
+        shutil.copy(source / name, tmp_path / "model")
 
     warm.train(tmp_path / "run", data_dir, f"--init-from={tmp_path / 'model'}", "--max-lr=0", "--max-steps=1")
     before, after = (load_file(path / "model.safetensors") for path in (source, checkpoint(tmp_path / "run")))
