@@ -48,12 +48,12 @@ def test_a_reader_that_is_killed(data_dir: Path, tmp_path: Path) -> None:
     with open(tmp_path / "pipe", "rb") as pipe, open(tmp_path / "log", "wb") as log:
         tee = subprocess.Popen(["tee"], stdin=pipe, stdout=log)
     wait_until((tmp_path / "run" / "held").exists)
+    wait_until(lambda: "\nstep 1 | loss: " in (tmp_path / "log").read_text())
     tee.kill()
     tee.wait()
     (tmp_path / "run" / "go").touch()
     assert trainer.wait().returncode == 0
     check_finished(tmp_path / "run")
-    assert "\nstep 1 | loss: " in (tmp_path / "log").read_text()
 
 
 def test_a_terminal_that_closes_in_the_middle_of_a_step(data_dir: Path, tmp_path: Path) -> None:
