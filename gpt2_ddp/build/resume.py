@@ -28,9 +28,9 @@ FIXED_FIELDS = ("model", "vocab_size", "seed", "sequence_length", "total_batch_s
 def settle_resume(config: TrainConfig) -> str:
     """`--resume`, or `auto` where this start goes on with what an earlier one with that `--resume` began. For rank 0.
 
-    So does the same command where `--resume` names a checkpoint: what was trained since counts. (Another command is
-    refused by `find_resume`, unless the checkpoint is of this run.) Under `never`, which is
-    to refuse what an earlier command left, so does only a restart by this torchrun, or a job that was queued again.
+    So does the same command where `--resume` names a checkpoint: what was trained since counts. (`find_resume` refuses
+    another command, unless the checkpoint is of this run.) Under `never`, which is to refuse what an earlier command
+    left, so does only a restart by this torchrun, or a job that was queued again.
     """
     file = config.out_dir / "config.json"
     if config.resume == "auto" or not file.exists():
@@ -84,7 +84,8 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
             require_same_run(config, read_json(config_file), data_fingerprint, config.out_dir)
             said.append(f"{config.out_dir} holds a run without a checkpoint: starting it again from step 0")
         return Found(said=said)
-    if own and path.resolve().parent != directory.resolve():
+    of_this_run = path.resolve() in [other.resolve() for other in own]
+    if own and not of_this_run and path.resolve().parent != directory.resolve():  # nor one that was set aside here
         raise UserError(
             f"--resume {config.resume} is another run's, and {config.out_dir} has {own[0].name} already: leave "
             "--resume out to go on from there, or choose another --out-dir"
@@ -95,7 +96,6 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
     if branch is not None:
         said += put_finished_aside(config, path)
         path, state = branch, read_state(branch)
-    of_this_run = path.name in {other.name for other in own}  # else it had been set aside
     for other in checkpoints(directory):
         newer = other.name > step_name(state["step"])
         if newer or not of_this_run:

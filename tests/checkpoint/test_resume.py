@@ -83,6 +83,19 @@ def test_a_way_back_can_be_taken_back(clean: Path, data_dir: Path, tmp_path: Pat
     assert final_hashes(out_dir) == final_hashes(clean)
 
 
+def test_links_to_its_checkpoints_are_its_checkpoints(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    """One that was moved to another disk, and a name for one."""
+    out_dir, moved, latest = shutil.copytree(clean, tmp_path / "run"), tmp_path / "moved", tmp_path / "latest"
+    checkpoint(out_dir, 12).rename(moved)
+    checkpoint(out_dir, 12).symlink_to(moved)
+    assert "nothing to do" in warm.train(out_dir, data_dir).stdout
+    latest.symlink_to(checkpoint(out_dir, 8))
+    done = warm.train(out_dir, data_dir, f"--resume={latest}")
+    assert "step_00000012 is newer; set aside" in done.stdout
+    assert checkpoint(out_dir, 4).is_dir()
+    assert final_hashes(out_dir) == final_hashes(clean)
+
+
 def test_a_checkpoint_of_another_run_that_does_not_fit_says_which(clean: Path, data_dir: Path, tmp_path: Path) -> None:
     done = warm.train(tmp_path / "new", data_dir, f"--resume={clean}", "--seed=5", status=2)
     said = f"error: {checkpoint(clean, 12)} is another run: --seed is 5, the run has 1337. Leave --resume out, with "
