@@ -220,6 +220,8 @@ def rows(shapes: Shapes, auto: Trial, seen: dict[Trial, list[Trained]], device: 
         if trial.choice == "compile" and runs[0].seconds:
             later = runs[0].start_seconds - taken.start_seconds
             outcomes += compile_outcomes(shapes, rate(shapes, seen[auto]), rate(shapes, runs), later, device)
+        elif trial.choice == "compile":
+            outcomes.append(unfinished(trial, runs[0], shapes, COMPILE_PATIENCE))
     return outcomes
 
 

@@ -186,11 +186,15 @@ def compare_choices(shapes: Shapes, device: torch.device, repeats: int) -> list[
     taken = next(outcome.name for outcome in outcomes if outcome.behind is not None and outcome.choice == "dtype")
     own = "in blocks" if taken == "bfloat16" else "PyTorch's"
     rungs = sorted(attention_rungs(), key=lambda rung: rung.name != own)
-    sequences = max(1, 1024 // shapes.sequence_length)
-    small = replace(shapes, micro_batch_size=1, total_batch_size=sequences * shapes.sequence_length)
-    steps = climb(small, device, rungs, repeats)
+    steps = climb(short_step(shapes), device, rungs, repeats)
     rates = {rung.name: rung.tokens_per_sec for rung in steps}
     return outcomes + compared("attention", rates, own)
+
+
+def short_step(shapes: Shapes) -> Shapes:
+    """`shapes` with a step of single sequences, about 1,024 tokens together."""
+    sequences = max(1, 1024 // shapes.sequence_length)
+    return replace(shapes, micro_batch_size=1, total_batch_size=sequences * shapes.sequence_length)
 
 
 def show_scaling(shapes: Shapes, context: DistContext) -> None:

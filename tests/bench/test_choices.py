@@ -22,9 +22,10 @@ from gpt2_ddp.bench.choices import (
     compared,
     compile_lag,
     report,
+    rows,
     train,
-    unfinished,
 )
+from gpt2_ddp.bench.command import short_step
 from gpt2_ddp.bench.ladder import Shapes
 from gpt2_ddp.data.shards import write_shard
 
@@ -86,9 +87,17 @@ def test_a_trial_trains_and_one_without_patience_is_ended(tmp_path: Path) -> Non
     assert (ended.seconds, ended.start_seconds) == ((), 0.5)
     failed = attempt(replace(alone, flags=("--micro-batch-size=3",)), TINY, "cpu", tmp_path, 120)
     assert re.search(r"failed: error: .*--total-batch-size", failed.failed)
-    row = report([unfinished(alone, failed, TINY, 9.0)]).splitlines()[1]
-    assert row.split()[:2] == ["auto", "-"]
-    assert row.endswith(failed.failed)
+    trials = {alone: [done]} | {replace(alone, choice=name, name=name): [failed] for name in ("micro-batch", "compile")}
+    lines = report(rows(TINY, alone, trials, "cpu", 9.0)).splitlines()
+    for name in ("micro-batch", "compile"):
+        [row] = [line for line in lines if line.split()[:2] == [name, "-"]]
+        assert row.endswith(failed.failed)
+
+
+@pytest.mark.parametrize(("sequence_length", "tokens"), [(256, 1024), (384, 768), (768, 768)])
+def test_attention_is_compared_over_whole_sequences(sequence_length: int, tokens: int) -> None:
+    shapes = replace(TINY, sequence_length=sequence_length, micro_batch_size=2, total_batch_size=4 * sequence_length)
+    assert short_step(shapes).total_batch_size == tokens
 
 
 @pytest.mark.slow
