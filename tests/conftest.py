@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from data_prep_runs import tokenize_here
 from drivers import warm
 from filelock import FileLock
 from running import train, write_shards
+
+from data_prep.encoding import Encoder
 
 LONG = (
     "test_slurm.py", "test_train.py", "test_killed.py", "test_hang_and_drift.py", "test_launch_local.py",
@@ -84,3 +87,15 @@ def clean_run(shared_folder: Path, data_dir: Path) -> Callable[..., Path]:
         return folder
 
     return finished
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Encoder:
+    """GPT-2's tokenizer as a worker of data_prep has it, which takes a while to make."""
+    return Encoder()
+
+
+@pytest.fixture
+def tokenized_here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data is prepared in this process, by GPT-2's tokenizer."""
+    tokenize_here(monkeypatch, encoder)

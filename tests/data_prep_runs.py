@@ -17,6 +17,7 @@ import pytest
 from running import ROOT, environment, run
 
 from data_prep import prepare as preparing
+from data_prep.commands import Shards
 from data_prep.encoding import EncodedChunk, Encoder, OwnEncoder
 from data_prep.sources import Source
 from gpt2_ddp.data.tokenizer import load_tokenizer
@@ -36,6 +37,12 @@ def tokenize_here(monkeypatch: pytest.MonkeyPatch, encoder: Encoder | OwnEncoder
         return (encoder.encode(source.documents(chunk)) for chunk in source.chunks(first))
 
     monkeypatch.setattr(preparing, "encoded_chunks", encoded_chunks)
+
+
+def run_here(command: Shards) -> list[str]:
+    """What the command writes when it runs in this process: the documents of both splits."""
+    command.run()
+    return texts_of(command.out, "val") + texts_of(command.out, "train")
 
 
 def documents(count: int) -> list[str]:

@@ -90,8 +90,8 @@ def test_the_rung_of_tcmalloc_is_measured_with_it() -> None:
     refused = subprocess.run(command, env=bare, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert f"{PRELOAD}={find_tcmalloc()}" in refused.stderr
-    names = [measured.name for measured in climb(TINY, CPU, [tcmalloc], 1)]
-    assert names == ["+ tcmalloc"]
+    names = [measured.name for measured in climb(TINY, CPU, [ladder(CPU)[0], tcmalloc], 1)]
+    assert names == ["float32", "+ tcmalloc"]
 
 
 @pytest.mark.slow

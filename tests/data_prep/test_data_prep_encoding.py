@@ -7,7 +7,6 @@ import sys
 import unicodedata
 from pydoc_data.topics import topics
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -39,11 +38,6 @@ PIECES = [
 ]
 ODD = [DOCUMENT, CUT, "<|endoftext|>", "\ud83d", "\udc00", "\0", "\uffff", "\U0010ffff"]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=25).map("".join)
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder()
 
 
 def check(encoder: Encoder, texts: list[str]) -> None:

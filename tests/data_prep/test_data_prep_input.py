@@ -9,13 +9,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_prep_runs import manifest, texts_of, tokenize_here, write_jsonl
+from data_prep_runs import manifest, run_here, texts_of, write_jsonl
 from drivers import warm
 from running import checkpoint, metrics, tree, write_shards
 
 from data_prep import output
 from data_prep.commands import Hub, Shards, Text
-from data_prep.encoding import EncodedChunk, Encoder
+from data_prep.encoding import EncodedChunk
 from data_prep.files import Files
 from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.manifest import Manifest, ShardRecord, write_manifest
@@ -34,22 +34,13 @@ TEXTS = ["first", None, "zweites äöü", "", "日本語"]
 KEPT = [text for text in TEXTS if text]
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder()
+pytestmark = pytest.mark.usefixtures("tokenized_here")
 
 
 @pytest.fixture(autouse=True)
-def _here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    tokenize_here(monkeypatch, encoder)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf")
     datasets.disable_progress_bars()
-
-
-def run(command: Shards) -> list[str]:
-    """What the command wrote: the documents of both splits."""
-    command.run()
-    return texts_of(command.out, "val") + texts_of(command.out, "train")
 
 
 def write_parquet(folder: Path, kind: Any) -> Path:
@@ -65,10 +56,10 @@ def write_parquet(folder: Path, kind: Any) -> Path:
 def test_text_of_any_arrow_type(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_parquet(tmp_path / "data", TYPES[name])
     assert pq.read_schema(folder / "train.parquet").field("text").type == TYPES[name]
-    assert run(Text(paths=(str(folder),), out=tmp_path / "text", val_fraction=0)) == KEPT
+    assert run_here(Text(paths=(str(folder),), out=tmp_path / "text", val_fraction=0)) == KEPT
     for streaming in (False, True):
         out = tmp_path / f"hub{streaming}"
-        assert run(Hub(dataset=str(folder), out=out, val_fraction=0, streaming=streaming)) == KEPT
+        assert run_here(Hub(dataset=str(folder), out=out, val_fraction=0, streaming=streaming)) == KEPT
     assert capsys.readouterr().out.count("left out: 2 documents without text\n") == 3
 
 
@@ -92,7 +83,7 @@ def test_text_of_a_type_that_extends_strings(tmp_path: Path) -> None:
     try:
         pq.write_table(pa.table({"text": array}), tmp_path / "a.parquet")
         assert pq.read_schema(tmp_path / "a.parquet").field("text").type == Tagged()
-        assert run(Text(paths=(str(tmp_path / "a.parquet"),), out=tmp_path / "out", val_fraction=0)) == KEPT
+        assert run_here(Text(paths=(str(tmp_path / "a.parquet"),), out=tmp_path / "out", val_fraction=0)) == KEPT
     finally:
         pa.unregister_extension_type("a.test")
 
@@ -106,7 +97,7 @@ def test_bytes_that_are_no_text_are_named_by_their_row(streaming: bool | None, t
     if streaming is not None:
         command = Hub(dataset=str(folder), out=tmp_path / "out", streaming=streaming)
     with pytest.raises(ValueError, match="row 1: not UTF-8 text at byte 1 of it; convert it"):
-        run(command)
+        run_here(command)
 
 
 def test_a_string_column_that_was_never_checked(tmp_path: Path) -> None:
@@ -114,7 +105,7 @@ def test_a_string_column_that_was_never_checked(tmp_path: Path) -> None:
     column = pa.Array.from_buffers(pa.string(), 2, good.buffers())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row group 0, rows 0 to 1: not UTF-8 text"):
-        run(Text(paths=(str(tmp_path / "a.parquet"),), out=tmp_path / "out"))
+        run_here(Text(paths=(str(tmp_path / "a.parquet"),), out=tmp_path / "out"))
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,12 +116,12 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
         (folder / name).write_bytes(b"x")
     (folder / "empty.txt").touch()
     (folder / "linked").symlink_to(folder / "deep")
-    assert run(Text(paths=(str(folder),), out=tmp_path / "out", val_fraction=0)) == ["one", "two"]
+    assert run_here(Text(paths=(str(folder),), out=tmp_path / "out", val_fraction=0)) == ["one", "two"]
     told = capsys.readouterr().out
     listed = "2 .jsonl.bz2, 1 .tar.gz, 1 .md, 1 .TXT, 1 empty, 1 hidden, 1 linked folder, 1 without a suffix"
     assert sorted(listed.split(", ")) == sorted(told.split("left out: ")[1].split(" (unpack")[0].split(", "))
     assert "left out: 2 documents without text\n" in told
-    run(Text(paths=(str(folder / "a.jsonl"),), out=tmp_path / "one", val_fraction=0))
+    run_here(Text(paths=(str(folder / "a.jsonl"),), out=tmp_path / "one", val_fraction=0))
     assert "jsonl.bz2" not in capsys.readouterr().out
 
 
@@ -164,7 +155,7 @@ def test_too_little_text_for_a_validation_split_is_training_data(
 def test_a_long_text_file_trains_and_its_short_rest_validates(tmp_path: Path) -> None:
     paragraphs = "".join(f"Paragraph {number} of a book.\n\n" for number in range(2800))
     (tmp_path / "a.txt").write_text(paragraphs)
-    run(Text(paths=(str(tmp_path / "a.txt"),), out=tmp_path / "out"))
+    run_here(Text(paths=(str(tmp_path / "a.txt"),), out=tmp_path / "out"))
     [long], [rest] = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "val")
     assert long + rest == paragraphs
     assert 0 < 5 * len(rest) < len(long)
@@ -215,7 +206,7 @@ def test_killed_while_the_shards_become_training_data(
     with pytest.raises(KeyboardInterrupt):
         command.run()
     monkeypatch.setattr(output, "rename", files.rename)
-    assert run(command) == ["one short text"]
+    assert run_here(command) == ["one short text"]
     assert not list(command.out.glob("val*"))
 
 

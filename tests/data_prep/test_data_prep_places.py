@@ -8,29 +8,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_prep_runs import texts_of, tokenize_here
+from data_prep_runs import run_here, tokenize_here
 from running import tree
 
 from data_prep.commands import SHAKESPEARE, HellaSwag, Hub, Shakespeare, Shards, Text
-from data_prep.encoding import Encoder, OwnEncoder
+from data_prep.encoding import OwnEncoder
 from data_prep.tokenizers import TrainTokenizer
 from gpt2_ddp.data.manifest import read_manifest, write_manifest
 
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder()
-
-
-@pytest.fixture(autouse=True)
-def _here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize_here(monkeypatch, encoder)
-
-
-def run(command: Shards) -> list[str]:
-    """What the command wrote: the documents of both splits."""
-    command.run()
-    return texts_of(command.out, "val") + texts_of(command.out, "train")
+pytestmark = pytest.mark.usefixtures("tokenized_here")
 
 
 def test_what_is_written_lies_apart_from_what_is_read(tmp_path: Path) -> None:
@@ -63,13 +49,13 @@ def test_what_is_written_lies_apart_from_what_is_read(tmp_path: Path) -> None:
 def test_a_pattern_that_matches_what_was_prepared_beside_the_texts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a text")
     command = Text(paths=(f"{tmp_path}/*",), out=tmp_path / "data")
-    assert run(command) == run(command) == ["a text"]
+    assert run_here(command) == run_here(command) == ["a text"]
 
 
 def test_shakespeare_keeps_its_text_beside_its_shards(tmp_path: Path) -> None:
     (tmp_path / SHAKESPEARE).write_text("a text")
     for file in (None, tmp_path / SHAKESPEARE):
-        assert run(Shakespeare(out=tmp_path, file=file)) == ["a text"]
+        assert run_here(Shakespeare(out=tmp_path, file=file)) == ["a text"]
 
 
 def test_a_tokenizer_of_the_user_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

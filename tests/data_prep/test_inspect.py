@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_prep_runs import COMMAND, expected_tokens, tokenize_here, write_jsonl
+from data_prep_runs import COMMAND, expected_tokens, write_jsonl
 from running import ROOT, environment
 
 from data_prep import counting, inspection
 from data_prep.commands import Text
 from data_prep.counting import Stream, count_split
-from data_prep.encoding import Encoder
 from data_prep.readable import hardly_text
 from data_prep.report import inspect
 from gpt2_ddp.data.directory import find_shards
@@ -30,15 +29,12 @@ SENTENCES = [f"Sentence number {number} tells of the {number}th day of a journey
 TEXTS = ["".join(SENTENCES[: 1 + number % 30]) + str(number) for number in range(120)]
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder()
+pytestmark = pytest.mark.usefixtures("tokenized_here")
 
 
 @pytest.fixture
-def prepared(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def prepared(tmp_path: Path) -> Path:
     """`TEXTS` in three shards and a validation split."""
-    tokenize_here(monkeypatch, encoder)
     source = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
     Text(paths=(str(source),), out=tmp_path / "data", shard_tokens=9000, val_fraction=0.1, workers=1).run()
     return tmp_path / "data"

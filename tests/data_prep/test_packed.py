@@ -14,14 +14,14 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_prep_runs import documents, manifest, refused, texts_of, tokenize_here, write_jsonl
+from data_prep_runs import documents, manifest, refused, texts_of, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import sha256
 
 from data_prep import files, formats, output
 from data_prep.commands import Text
-from data_prep.encoding import EncodedChunk, Encoder
+from data_prep.encoding import EncodedChunk
 from data_prep.files import Files
 from data_prep.formats import DOCUMENT_BYTES, packed_pieces
 from gpt2_ddp.system.errors import UserError
@@ -41,14 +41,11 @@ def zstandard(contents: bytes) -> bytes:
 PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": in_two_members, ".zst": zstandard}
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder()
+pytestmark = pytest.mark.usefixtures("tokenized_here")
 
 
 @pytest.fixture(autouse=True)
-def _here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize_here(monkeypatch, encoder)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (files, formats):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK)
 

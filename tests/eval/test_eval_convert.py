@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import convert as convert_module
 from eval.__main__ import main
 from eval.convert import Convert
-from gpt2_ddp.data.tokenizer import load_tokenizer
+from gpt2_ddp.data.tokenizer import load_tokenizer, tokenizer_of_model
 from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import find_model, load_model
 from gpt2_ddp.system.errors import UserError, user_error
@@ -96,16 +96,22 @@ def test_a_checkpoint_of_build_nanogpt_opens_in_transformers_without_its_class(
     assert int(written) == expected[-1].argmax()
 
 
-def test_a_vocabulary_of_its_own_gets_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shape = Shape(vocab=65)
+@pytest.mark.parametrize("rows", [65, 50_400])
+def test_a_vocabulary_of_its_own_gets_no_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    """Nor GPT-2's, of those who read it."""
+    shape = Shape(vocab=rows)
     arrays = foreign.weights(shape)
     torch.save(foreign.nanogpt(shape, foreign.state_dict(arrays)), tmp_path / "ckpt.pt")
     folder = convert(tmp_path / "ckpt.pt", tmp_path / "model")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] is None
-    assert "65 token embeddings are not of GPT-2's vocabulary" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"has {rows} token embeddings, GPT-2's tokenizer has 50257 ids, and no"):
+        tokenizer_of_model(folder)
+    assert f"{rows} token embeddings are not of GPT-2's vocabulary" in capsys.readouterr().err
     assert_computes(load_model(folder), arrays, ids=[3, 64, 0])
-    with pytest.raises(ValueError, match="has 65 token embeddings: 50257 are GPT-2's, up to 50304"):
+    with pytest.raises(ValueError, match=f"has {rows} token embeddings: 50257 are GPT-2's, up to 50304"):
         convert(folder, tmp_path / "other", "hf-50257")
     convert(folder, tmp_path / "model.bin", "llm.c")
     assert (tmp_path / "model.bin").read_bytes() == foreign.llm_c(shape, arrays)

@@ -138,8 +138,8 @@ class Step(nn.Module):
         self.model(ids, ids).backward()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-xl"])
-def test_flops_are_those_of_a_counted_step_of_the_published_sizes(name: str) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_flops_are_those_of_a_counted_step_of_every_size(name: str) -> None:
     step = Step(GPT(SIZES[name]))
     counting = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product_flops})
     with FakeTensorMode() as fake, counting as counter, sdpa_kernel(SDPBackend.MATH):

@@ -16,12 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_prep_runs import texts_of, tokenize_here, write_jsonl
+from data_prep_runs import texts_of, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.commands import HellaSwag, Shards, Text
-from data_prep.encoding import Encoder
 from eval.model_choice import ModelChoice, open_model
 from gpt2_ddp.bench import command as bench
 from gpt2_ddp.config import TrainConfig
@@ -33,14 +32,7 @@ from gpt2_ddp.data.windows import Windows, require_one_step
 TEXTS = ["one text", "another text", "a third"]
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder()
-
-
-@pytest.fixture(autouse=True)
-def _here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenize_here(monkeypatch, encoder)
+pytestmark = pytest.mark.usefixtures("tokenized_here")
 
 
 def advice(failing: Callable[[], object], pattern: str) -> re.Match[str]:
