@@ -52,11 +52,11 @@ class Convert:
         target = self.target.absolute()
         require_free(target)
         model, tokenizer, notes = read_source(self.source)
-        stored, trained = model.config.vocab_size, None
-        if not Path(self.source).is_file():
-            trained = trained_length(find_model(self.source), model.config.block_size)
+        folder = None if Path(self.source).is_file() else find_model(self.source)
+        trained = trained_length(folder, model.config.block_size) if folder else None
         if trained and trained < model.config.block_size:
             notes.append(f"trained with {trained} tokens at once: the model knows nothing of later positions")
+        stored = model.config.vocab_size
         rows = stored if self.to == "hf" else unpadded(stored)
         if self.to == "hf-50257" and rows != VOCAB_SIZE:
             raise UserError(
@@ -68,8 +68,7 @@ class Convert:
         else:
             if not tokenizer:
                 notes.append(f"{stored} token embeddings are not of GPT-2's vocabulary: the tokenizer is not in there")
-            of_file = EOT if tokenizer else None
-            eot = of_file if Path(self.source).is_file() else named_eot(find_model(self.source))
+            eot = named_eot(folder) if folder else EOT if tokenizer else None
             write_checkpoint(target, hf_files(model, rows, tokenizer, eot, trained))
         for note in notes:
             warn(note)

@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test
-# Each process would compile the project anew where Python is told to keep nothing, as in some containers.
+# Each process would compile the project anew where Python is told to keep nothing, as in some containers; and one that
+# compiles graphs would start others for that, on cores that are busy.
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
   PYTHONDONTWRITEBYTECODE=
 

@@ -40,7 +40,7 @@ class StepProfiler:
             self._profile.start()
 
     def region(self, name: str) -> AbstractContextManager[object]:
-        """A part of a step, under its name in the trace; where nothing is recorded it costs nothing."""
+        """A part of a step, under its name in the trace; where nothing is recorded it does nothing."""
         return nullcontext() if self._profile is None else record_function(name)
 
     def end(self, say: Callable[[str], None]) -> None:

@@ -70,9 +70,9 @@ def step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's step, or nothing where `skipped` (0-dim) is true.
 
     PyTorch's fused optimizers leave the step out on the device where `found_inf` is 1, which is how a `GradScaler`
-    talks to them, so the host is not waited for. (Those for Apple's GPUs did not look at it up to some time in 2026:
-    pull request 186360.) For any other optimizer the host reads `skipped`, which waits for the
-    device once a step: to compute the step and take it back would hold a second set of weights and state.
+    talks to them, so the host is not waited for. (On Apple's GPUs they did not look at it before PyTorch's pull request
+    186360, of June 2026.) For any other optimizer the host reads `skipped`, which waits for the device once a step: to
+    compute the step and take it back would hold a second set of weights and state.
     """
     looks = getattr(optimizer, "_step_supports_amp_scaling", False)  # PyTorch's mark, which `GradScaler` goes by
     if looks and skipped.device.type != "mps":

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from drivers import warm
 from running import final_hashes, metrics
 
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.metrics.profiling import StepProfiler
 
 PARTS = ("data", "forward", "backward", "reduction", "update")
 
@@ -46,8 +49,11 @@ def test_a_trace_is_written_beside_the_steps(data_dir: Path, tmp_path: Path) -> 
     assert max(entry["step_ms"] for entry in metrics(tmp_path)) < 5000
 
 
-def test_without_the_flag_there_is_no_trace(shared_folder: Path, data_dir: Path) -> None:
+def test_without_the_flag_there_is_no_trace(shared_folder: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Nor a call of PyTorch's for each part of a step."""
     assert not (warm.clean_run(shared_folder, data_dir) / "profile").exists()
+    profiler = StepProfiler(range(0), tmp_path, rank=0, device=torch.device("cpu"))
+    assert isinstance(profiler.region("forward"), nullcontext)
 
 
 @pytest.mark.parametrize("bad", ["3", "0:2", "4:3", "a:b", "3:4:5", ":", "-1:2", ""])
