@@ -21,7 +21,7 @@ from gpt2_ddp.model.gpt import GPT
 from gpt2_ddp.model.huggingface import find_model, hf_config, load_model, to_hf
 from gpt2_ddp.model.vocabulary import EOT, PADDED_VOCAB_SIZE, VOCAB_SIZE
 from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.files import MAX_JSON_BYTES, require_writable
+from gpt2_ddp.system.files import MAX_JSON_BYTES, read_json, require_writable
 
 LLM_C = {"llm.c": torch.float32, "llm.c-bf16": torch.bfloat16}
 ZIP = b"PK\x03\x04"
@@ -57,11 +57,12 @@ class Convert:
         if trained and trained < model.config.block_size:
             notes.append(f"trained with {trained} tokens at once: the model knows nothing of later positions")
         stored = model.config.vocab_size
-        rows = stored if self.to == "hf" else unpadded(stored)
+        rows = stored if self.to == "hf" else min(stored, max(unpadded(stored), ids_in(folder) if folder else 0))
         if self.to == "hf-50257" and rows != VOCAB_SIZE:
+            ids = "" if rows == stored else f", {rows} of them for its tokenizer's ids"
             raise UserError(
-                f"{self.source} has {stored} token embeddings: {VOCAB_SIZE} are GPT-2's, up to {PADDED_VOCAB_SIZE} "
-                "with their padding"
+                f"{self.source} has {stored} token embeddings{ids}: {VOCAB_SIZE} are GPT-2's, up to "
+                f"{PADDED_VOCAB_SIZE} with their padding"
             )
         if self.to in LLM_C:
             write_llm_c(target, model, rows, LLM_C[self.to])
@@ -131,6 +132,20 @@ def gpt2_files(model: GPT) -> dict[str, bytes]:
 def unpadded(rows: int) -> int:
     """Token embeddings without the padding of GPT-2's vocabulary; all of them, where they are of another one."""
     return VOCAB_SIZE if VOCAB_SIZE <= rows <= PADDED_VOCAB_SIZE else rows
+
+
+def ids_in(folder: Path) -> int:
+    """How many ids the tokenizer in a model's directory has, by its files; 0 where there are none."""
+    ids = [-1]
+    for name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+        found = read_json(folder / name) if (folder / name).is_file() else {}
+        model, added = found.get("model"), found.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else found
+        told = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+        told += [len(vocabulary) - 1] if isinstance(vocabulary, list) else []  # as Unigram has it, in the ids' order
+        told += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        ids += [number for number in told if isinstance(number, int)]
+    return max(ids) + 1
 
 
 def hf_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ import tyro
 
 from eval.model_choice import ModelChoice, OpenModel, open_model
 from gpt2_ddp.config import TrainConfig
+from gpt2_ddp.data.loader import ValidationData
 from gpt2_ddp.data.mixture import find_validation, share_validation
 from gpt2_ddp.data.sources import METAVAR, DataDir, shown
 from gpt2_ddp.data.tokenizer import require_same_tokenizer
@@ -63,6 +65,8 @@ class ValLoss(ModelChoice):
             context = opened.context
             vocab_size = opened.gpt.config.vocab_size
             known = context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir, rows=vocab_size))
+            if not known:
+                context.run_on_all(lambda: require_ids(parts, vocab_size))
             byte_counts, said = context.run_on_main(
                 lambda: find_byte_counts(self.data_dir, vocab_size) if known else (None, [UNKNOWN_TOKENIZER])
             )
@@ -81,6 +85,20 @@ class ValLoss(ModelChoice):
                 if len(by_source) > 1:
                     opened.say(f"{name}: {own.val_loss:.4f} nats a token over {parts[name].tokens} tokens")
             opened.write_json(self.json, values)
+
+
+def require_ids(parts: Mapping[str, ValidationData], rows: int) -> None:
+    """
+    Raises:
+        UserError: where a source has an id that is past the model's `rows` token embeddings.
+    """
+    for name, part in parts.items():
+        for inputs, targets in part.batches(rank=0, world_size=1):
+            if (largest := int(torch.maximum(inputs.max(), targets.max()))) >= rows:
+                raise UserError(
+                    f"{name} has the token id {largest}, and the model {rows} token embeddings: prepare the text with "
+                    "the model's tokenizer"
+                )
 
 
 def chosen_micro_batch(opened: OpenModel) -> int:

@@ -184,14 +184,15 @@ def meets_by_itself(step: SlurmStep, flags: LaunchFlags) -> bool:
 def with_hosts(step: SlurmStep, environment: Mapping[str, str]) -> SlurmStep:
     """
     Raises:
-        ValueError: where the hosts cannot be found, as in a container that has no scontrol.
+        ValueError: where the hosts cannot be found, as in a container that has no scontrol or not all of SLURM's variables.
     """
     try:
         first = reachable(first_host(environment["SLURM_STEP_NODELIST"]))
         return replace(step, first_host=first, own_host=reachable(environment["SLURMD_NODENAME"]))
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
+        what = f"{error.args[0]} is not set in here" if isinstance(error, KeyError) else error
         mend = f"--nnodes {step.nodes} --rdzv-endpoint HOST:PORT, the same on each node"
-        raise ValueError(f"{error}; say where the nodes meet: {mend}") from error
+        raise ValueError(f"{what}; say where the nodes meet: {mend}") from error
 
 
 def first_host(node_list: str) -> str:

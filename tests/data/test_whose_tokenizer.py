@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from drivers import warm
@@ -18,6 +19,7 @@ from eval.sample import Sample
 from eval.val_loss import ValLoss
 from gpt2_ddp.data import own_tokenizer as own
 from gpt2_ddp.data.own_tokenizer import digest_name
+from gpt2_ddp.data.shards import write_shard
 from gpt2_ddp.data.tokenizer import tokenizer_files, tokenizer_of_model
 from gpt2_ddp.model.vocabulary import Vocabulary
 from gpt2_ddp.system.errors import UserError
@@ -86,6 +88,10 @@ def test_a_model_with_few_rows_and_no_tokenizer_is_not_read_with_gpt2s(
         assert start.stderr.startswith(f"error: {few}")
     ValLoss(model=str(bare), data_dir=data_dir, val_tokens=64, **flags).run()
     assert "no bits per byte: neither the model nor the data says whose tokens they are" in capsys.readouterr().err
+    others = write_shards(tmp_path / "others")
+    write_shard(others / "val_000000.bin", np.array([512, 513, *range(20)], np.uint16))
+    with pytest.raises(UserError, match=f"{others} has the token id 513, and the model 512 token embeddings: prepare"):
+        ValLoss(model=str(bare), data_dir=others, **flags).run()
     told = []
     for model in (bare, tmp_path / "run"):
         capsys.readouterr()

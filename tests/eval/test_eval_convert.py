@@ -165,6 +165,30 @@ def test_fifty_thousand_two_hundred_and_fifty_seven_rows_for_tools_that_insist(
     assert torch.equal(again.wte.weight[:50257], whole["transformer.wte.weight"][:50257])
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 50299}}, "added_tokens": [{"id": 50256}]}},
+        {"tokenizer.json": {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 50299, "content": "[PAD]"}]}},
+        {"tokenizer.json": {"model": {"vocab": [["a", 0.5]] * 50300}}},
+        {"vocab.json": {"a": 0, "b": 50256}, "added_tokens.json": {"[PAD]": 50299}},
+    ],
+)
+def test_no_token_of_a_tokenizer_is_taken_for_padding(tmp_path: Path, files: dict[str, object]) -> None:
+    arrays = foreign.weights(PADDED)
+    foreign.save_build_nanogpt(tmp_path / "model.pt", PADDED, foreign.state_dict(arrays))
+    folder = convert(tmp_path / "model.pt", tmp_path / "model")
+    for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / file).unlink()
+    for name, contents in files.items():
+        (folder / name).write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match="has 50304 token embeddings, 50300 of them for its tokenizer's ids: 50257"):
+        convert(folder, tmp_path / "cut", "hf-50257")
+    convert(folder, tmp_path / "model.bin", "llm.c")
+    arrays["wte.weight"] = arrays["wte.weight"][:50300]
+    assert (tmp_path / "model.bin").read_bytes() == foreign.llm_c(Shape(vocab=50300), arrays)
+
+
 @pytest.mark.parametrize("to", ["hf", "llm.c"])
 def test_what_is_there_is_not_written_over(tmp_path: Path, to: str) -> None:
     shape = Shape(vocab=65)

@@ -123,6 +123,17 @@ def test_what_slurm_says(
     assert discovery.find_slurm(environment, LaunchFlags()) == expected
 
 
+@pytest.mark.usefixtures("machine", "without_gpus")
+@pytest.mark.parametrize("missing", ["SLURM_STEP_NODELIST", "SLURMD_NODENAME"])
+def test_a_container_with_some_of_slurms_variables_says_which_is_missing(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "first_host", str)
+    monkeypatch.setattr(discovery, "reachable", str)
+    with pytest.raises(ValueError, match=f"{missing} is not set in here; .*--nnodes 2 --rdzv-endpoint HOST:PORT"):
+        discovery.discover(without(missing), LaunchFlags())
+
+
 @pytest.mark.parametrize(
     ("flags", "nnodes", "meet_at"),
     [
