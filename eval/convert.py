@@ -13,6 +13,7 @@ import tyro
 from eval.llm_c import read_llm_c, write_llm_c
 from eval.model_choice import TRAINED_LENGTH, trained_length
 from eval.torch_files import read_torch_file
+from gpt2_ddp.checkpoint.choice import require_whole_weights
 from gpt2_ddp.checkpoint.files import Content, write_checkpoint
 from gpt2_ddp.data.own_tokenizer import named_eot
 from gpt2_ddp.data.tokenizer import tokenizer_files
@@ -115,6 +116,7 @@ def read_source(source: str) -> tuple[GPT, Mapping[str, bytes], list[str]]:
             )
         return model, gpt2_files(model), notes
     path = find_model(source)
+    require_whole_weights(path)
     model = load_model(path)
     files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if too_large := [file for file in files if file.stat().st_size > MAX_JSON_BYTES]:

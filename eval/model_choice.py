@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from eval.run_state import died
+from gpt2_ddp.checkpoint.choice import require_whole_weights
 from gpt2_ddp.distributed.context import DistContext, open_context
 from gpt2_ddp.metrics.log import warn
 from gpt2_ddp.model.gpt import GPT
@@ -99,6 +100,7 @@ def load_choice(choice: Computing, model: str, context: DistContext) -> OpenMode
     if choice.json and context.is_main:
         require_writable(choice.json.parent)
     path = context.run_on_all(lambda: find_model(model))
+    context.run_on_main(lambda: require_whole_weights(path))
     gpt = context.run_on_all(lambda: load_model(path))
     length, warning = context.run_on_all(lambda: choose_length(choice.sequence_length, path, gpt.config.block_size))
     allow_tf32()

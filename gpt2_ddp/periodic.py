@@ -124,6 +124,7 @@ def save(run: Run, *, final: bool = False) -> None:
     if isinstance(windows := run.data.windows, Mixture):
         sequences = (run.state.step + run.state.guard.passed_over) * run.plan.sequences_per_step
         run.log.event("sources", step=run.state.step, sources=windows.given(sequences, seed=run.config.seed))
+    run.log.flush()  # before the checkpoint is there from which a run goes on after these lines
     facts = {
         "numerics": run.numerics,
         "batch": asdict(run.plan),

@@ -53,9 +53,9 @@ class Run:
     tokenizer: SavedTokenizer | None
 
     def close(self) -> None:
-        """End the threads and files of the run; a save in flight is finished first."""
-        self.watchdog.dismiss()
+        """End the threads and files of the run; a save in flight is finished first, and the others see that we live."""
         self.data.close()
         self.writer.close()
+        self.watchdog.dismiss()
         self.profiler.end(self.log.say)
         self.log.close()

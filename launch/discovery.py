@@ -184,7 +184,7 @@ def meets_by_itself(step: SlurmStep, flags: LaunchFlags) -> bool:
 def with_hosts(step: SlurmStep, environment: Mapping[str, str]) -> SlurmStep:
     """
     Raises:
-        ValueError: where the hosts cannot be found, as in a container that has no scontrol or not all of SLURM's variables.
+        ValueError: where the hosts cannot be found, as in a container without scontrol or some of the variables.
     """
     try:
         first = reachable(first_host(environment["SLURM_STEP_NODELIST"]))

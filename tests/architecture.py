@@ -92,6 +92,7 @@ BESIDE = {
     "build.boards": "TensorBoard and W&B",
     "build.telling": "the line that says what runs where",
     "build.resume": "a run that was stopped goes on",
+    "build.beginning": "a directory that another trainer uses or without room, --init-from",
     "build.compiling": "speed",
     "checkpoint.choice": "a broken checkpoint is passed over",
     "system.fields": "a checkpoint from elsewhere is checked",

@@ -55,9 +55,9 @@ class Bench:
     device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     json: Path | None = None
-    """Also write the rungs to this file."""
+    """Also write the rungs or choices to this file."""
     plot: Path | None = None
-    """Also draw a bar chart, as PNG."""
+    """Also draw a bar chart of the rungs, as PNG."""
     rung: str | None = None
     """Measure this rung alone, in this process, and print it as JSON."""
 
@@ -145,6 +145,8 @@ def main() -> None:
         return
     with open_context(bench.device) as context:
         if context.world_size > 1:
+            if bench.auto or bench.json or bench.plot:
+                raise UserError("--auto, --json and --plot are for one process: leave them out under torchrun")
             show_scaling(shapes, context)
             return
     require_places(bench)

@@ -17,7 +17,8 @@ from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.model.compilation import CompiledGPT
 from gpt2_ddp.model.gpt import GPT, GPTConfig
-from gpt2_ddp.model.memory import USABLE, fits_into, gib, training_memory
+from gpt2_ddp.model.memory import USABLE, TrainingMemory, fits_into, gib, training_memory
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.optim.rule import OptimizerRule
 from gpt2_ddp.optim.updates import zero_gradients
 from gpt2_ddp.system.control_groups import available_memory
@@ -47,6 +48,7 @@ def settle_micro_batch(
             sequence_length=config.sequence_length,
             compiled=compiled,
             activation_checkpointing=config.activation_checkpointing,
+            reproducible=config.reproducible,
         ),
     )
 
@@ -85,6 +87,7 @@ def choose_micro_batch(
     sequence_length: int,
     compiled: bool = False,
     activation_checkpointing: bool = False,
+    reproducible: bool = False,
 ) -> int:
     """The largest power of two of sequences that fits on every rank and divides its share of a step; collective.
 
@@ -96,17 +99,23 @@ def choose_micro_batch(
     """
     candidates = micro_batches(sequences_per_step, context.world_size)
     free, device_memory = find_memory(context)
-    reckon = partial(
-        training_memory,
-        config,
-        sequence_length=sequence_length,
-        dtype=precision.dtype,
-        device_type=precision.device_type,
-        state_bytes=rule.state_bytes(config),
-        device_memory=device_memory,
-        compiled=compiled,
-        activation_checkpointing=activation_checkpointing,
-    )
+
+    def beside(size: int) -> int:
+        return partial_sums(config, sequences_per_step // (size * context.world_size)) if reproducible else 0
+
+    def reckon(*, micro_batch_size: int) -> TrainingMemory:
+        return training_memory(
+            config,
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            dtype=precision.dtype,
+            device_type=precision.device_type,
+            state_bytes=rule.state_bytes(config) + beside(micro_batch_size),
+            device_memory=device_memory,
+            compiled=compiled,
+            activation_checkpointing=activation_checkpointing,
+        )
+
     size = largest_fitting(candidates, fits_into(free, precision.device_type, reckon), context)
     if context.device.type == "cuda":
         make_trial = partial(
@@ -118,6 +127,7 @@ def choose_micro_batch(
             sequence_length=sequence_length,
             compiled=compiled,
             activation_checkpointing=activation_checkpointing,
+            beside=beside,
         )
         trial = context.run_on_all(make_trial)  # a GPU may be held by another process
         smaller = [candidate for candidate in reversed(candidates) if candidate <= max(1, size)]
@@ -125,6 +135,11 @@ def choose_micro_batch(
     if not size:
         raise UserError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")
     return size
+
+
+def partial_sums(config: GPTConfig, micro_steps: int) -> int:
+    """Bytes of gradients that `TreeReduction` holds in the last of the micro-steps: one sum a level of its tree."""
+    return 4 * parameter_count(config) * (micro_steps.bit_length() - 1)
 
 
 def micro_batches(sequences_per_step: int, world_size: int) -> list[int]:
@@ -148,13 +163,11 @@ def find_memory(context: DistContext) -> tuple[int, int]:
 
 
 def largest_fitting(candidates: Sequence[int], fits: Callable[[int], bool], context: DistContext) -> int:
-    """The last of the rising `candidates` before the first that does not fit on some rank, else 0; collective."""
-    best = 0
-    for candidate in candidates:
-        if context.any(not fits(candidate)):
-            break
-        best = candidate
-    return best
+    """The largest of the `candidates` that fits on every rank, else 0; collective.
+
+    All are asked: a smaller one has more micro-steps, and may need more for their sums.
+    """
+    return max((candidate for candidate in candidates if not context.any(not fits(candidate))), default=0)
 
 
 def first_running(candidates: Sequence[int], runs: Callable[[int], bool], context: DistContext) -> int:
@@ -178,7 +191,10 @@ class Trial:
         sequence_length: int,
         compiled: bool,
         activation_checkpointing: bool,
+        beside: Callable[[int], int] = lambda _: 0,
     ) -> None:
+        """`beside` is how many bytes more are held at a micro-batch."""
+        self._beside = beside
         self._precision, self._device = precision, context.device
         self._length, self._compiled = sequence_length, compiled
         self._model = GPT(config).to(context.device)
@@ -191,7 +207,9 @@ class Trial:
         plan = BatchPlan(
             micro_batch_size=size, sequence_length=self._length, total_batch_size=size * self._length, world_size=1
         )
+        held = None
         try:
+            held = torch.empty(self._beside(size), dtype=torch.uint8, device=self._device)
             with torch.random.fork_rng([self._device]):
                 self._run(plan)
             there = torch.cuda.get_device_properties(self._device).total_memory
@@ -199,6 +217,7 @@ class Trial:
         except torch.OutOfMemoryError:
             return False
         finally:
+            del held
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 

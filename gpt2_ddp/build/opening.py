@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpt2_ddp.build.evaluations import told_of_spikes
 from gpt2_ddp.build.making import Made
+from gpt2_ddp.build.prolonging import put_aside
 from gpt2_ddp.build.rules import learning_rates
 from gpt2_ddp.build.settling import Settled
 from gpt2_ddp.build.telling import start_lines
@@ -82,6 +83,7 @@ def open_log(settled: Settled, made: Made, context: DistContext) -> RunLog:
     """The run's log on rank 0, which begins with what was said so far and what runs where; a silent one elsewhere."""
     if not context.is_main:
         return NullLog()
+    put_aside(settled.config.out_dir, settled.found)
     config, every = settled.config, {evaluation.name: evaluation.every for evaluation in settled.sources.evaluations}
     remaining = RemainingTime(config.max_steps, every | {"checkpoint": config.checkpoint_every})
     log = ProgressLog(config.out_dir, resumed_step=made.state.step, boards=settled.boards, remaining=remaining)

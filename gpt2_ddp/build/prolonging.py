@@ -11,6 +11,7 @@ from typing import Any
 from gpt2_ddp.build.rules import learning_rates
 from gpt2_ddp.checkpoint.choice import FINISHED, set_aside
 from gpt2_ddp.checkpoint.files import faults, step_name
+from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig, flag
 from gpt2_ddp.optim.schedules import SCHEDULES, Schedule
 
@@ -29,13 +30,20 @@ def branch_to_prolong(config: TrainConfig, state: Mapping[str, Any], directory: 
     return branch if good else None
 
 
-def put_finished_aside(config: TrainConfig, path: Path) -> list[str]:
-    """Keep the last checkpoint and the log of a run that is prolonged from before them."""
-    log, kept = config.out_dir / "metrics.jsonl", config.out_dir / f"metrics.{path.name}.jsonl"
-    if log.exists():
-        shutil.copyfile(log, kept)
-    stays = set_aside(path, FINISHED).name
-    return [f"going back to before the cool-down: {path.name} stays as {stays}, its log as {kept.name}"]
+def put_aside(out_dir: Path, found: Found) -> None:
+    """Set aside what `found` says, as the last thing before the run begins: a start that is refused changes nothing.
+
+    Of a run that is prolonged from before its end, the log is kept as well.
+    """
+    for path, why in found.aside:
+        if why == FINISHED and (out_dir / "metrics.jsonl").exists():
+            shutil.copyfile(out_dir / "metrics.jsonl", kept_log(out_dir, path))
+        set_aside(path, why)
+
+
+def kept_log(out_dir: Path, finished: Path) -> Path:
+    """Where the log stays of a run that is prolonged, and whose last checkpoint was `finished`."""
+    return out_dir / f"metrics.{finished.name}.jsonl"
 
 
 def saved_rates(config: TrainConfig, saved: Mapping[str, Any]) -> Schedule | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from gpt2_ddp.build.prolonging import branch_to_prolong, put_finished_aside, rate_jump
-from gpt2_ddp.checkpoint.choice import SUPERSEDED, checkpoints, named, newest_good, set_aside
+from gpt2_ddp.build.prolonging import branch_to_prolong, kept_log, rate_jump
+from gpt2_ddp.checkpoint.choice import FINISHED, SUPERSEDED, checkpoints, name_aside, named, newest_good
 from gpt2_ddp.checkpoint.files import step_name
 from gpt2_ddp.checkpoint.state import Found, read_state
 from gpt2_ddp.config import TrainConfig, flag
@@ -72,6 +73,8 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
         if config_file.exists() or checkpoints(directory):
             raise UserError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
         return Found()
+    for unfinished in directory.glob("step_*.tmp"):  # of a save that was cut off: it would keep its room for ever
+        shutil.rmtree(unfinished, ignore_errors=True)
     said: list[str] = []
     path: Path | None
     if config.resume == "auto":
@@ -93,17 +96,21 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
     state = read_state(path)
     require_same_run(config, state, data_fingerprint, config.out_dir if config.resume == "auto" else path)
     branch = branch_to_prolong(config, state, directory) if config.resume == "auto" else None
+    aside: list[tuple[Path, str]] = []
     if branch is not None:
-        said += put_finished_aside(config, path)
+        aside.append((path, FINISHED))
+        stays, log = name_aside(path, FINISHED).name, kept_log(config.out_dir, path).name
+        said.append(f"going back to before the cool-down: {path.name} stays as {stays}, its log as {log}")
         path, state = branch, read_state(branch)
     for other in checkpoints(directory):
         newer = other.name > step_name(state["step"])
-        if newer or not of_this_run:
+        if (newer or not of_this_run) and (other, FINISHED) not in aside:
             why = "is newer" if newer else "may not lead to it"
-            said.append(f"{other.name} {why}; set aside as {set_aside(other, SUPERSEDED).name}")
+            aside.append((other, SUPERSEDED))
+            said.append(f"{other.name} {why}; set aside as {name_aside(other, SUPERSEDED).name}")
     said.append(f"resuming {config.out_dir} from {path} at step {state['step']}")
     said += [] if branch else rate_jump(config, state["config"], state["step"])
-    return Found(path=path, state=state, said=said)
+    return Found(path=path, state=state, said=said, aside=aside)
 
 
 def saved_micro_batch(config: TrainConfig, world_size: int) -> int | None:

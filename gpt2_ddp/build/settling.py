@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from gpt2_ddp.build.beginning import find_start, find_weights
 from gpt2_ddp.build.boards import open_boards
 from gpt2_ddp.build.by_manifest import settle_validation, settle_vocabulary
 from gpt2_ddp.build.compiling import compiles
 from gpt2_ddp.build.evaluations import Yardsticks, find_yardsticks, make_evaluations
 from gpt2_ddp.build.micro_batch import settle_micro_batch
-from gpt2_ddp.build.resume import find_resume, saved_dtype, settle_resume
-from gpt2_ddp.build.rules import optimizer_rule
+from gpt2_ddp.build.resume import saved_dtype, settle_resume
 from gpt2_ddp.checkpoint.state import Found
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.directory import find_shards
 from gpt2_ddp.data.mixture import open_mixture
 from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.data.sources import read_manifests, said_of_mixture
-from gpt2_ddp.data.tokenizer import require_same_tokenizer
 from gpt2_ddp.data.windows import Windows, require_one_step
 from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.drift import require_same_data
 from gpt2_ddp.distributed.reduction import require_same_numerics, require_tree, use_deterministic_kernels
 from gpt2_ddp.evaluation.interface import Evaluation
 from gpt2_ddp.metrics.boards import Aside
-from gpt2_ddp.model.huggingface import find_model, loadable_config
-from gpt2_ddp.model.shapes import parameter_count
-from gpt2_ddp.system.errors import UserError
-from gpt2_ddp.system.files import sole_use
 from gpt2_ddp.system.hardware import Hardware, found_hardware
 from gpt2_ddp.system.precision import DTYPES, Precision, allow_tf32, choose_dtype
 from gpt2_ddp.system.speed import measure_speed
-
-ENDING_SECONDS = 10.0
-"""A trainer that is just ending, or notices that its torchrun is gone, needs a moment to leave the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,61 +157,6 @@ def open_sources(config: TrainConfig, plan: BatchPlan, yardsticks: Yardsticks) -
         train = open_mixture(config.data_dir, plan)
     evaluations = tuple(make_evaluations(config, plan, train, yardsticks))
     return Sources(train=train, evaluations=evaluations, fingerprint=train.fingerprint())
-
-
-def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> Found:
-    """What the run goes on from, its directory held; where it begins anew, the disk is large enough for it.
-
-    Raises:
-        UserError: as `hold_directory`, `find_resume` and `require_room`.
-    """
-    hold_directory(config.out_dir, held)
-    found = find_resume(config, data_fingerprint)
-    if found.path is None:
-        require_room(config)
-    return found
-
-
-def find_weights(config: TrainConfig, found: Found) -> Path | None:
-    """Where the weights of `--init-from` lie on rank 0's disk, if the run begins with them.
-
-    Raises:
-        UserError: where they are not there, or of another model.
-    """
-    if found.path is not None or config.init_from is None:
-        return None
-    wanted, source = config.shape, find_model(config.init_from)
-    require_same_tokenizer(source, config.data_dir)
-    there = loadable_config(source, vocab_size=wanted.vocab_size, dropout=config.dropout)
-    if there != wanted:
-        raise UserError(f"{source} is no {config.model}: it has {there}")
-    return source
-
-
-def hold_directory(out_dir: Path, held: ExitStack) -> None:
-    """Make the run directory and keep other trainers out of it.
-
-    Raises:
-        UserError: where another one is at work there.
-    """
-    (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    refusal = f"{out_dir} is in use by another trainer: end it, or choose another --out-dir"
-    held.enter_context(sole_use(out_dir, refusal, patience=ENDING_SECONDS))
-
-
-def require_room(config: TrainConfig) -> None:
-    """
-    Raises:
-        UserError: where not even one checkpoint fits on the disk of the run directory.
-    """
-    shape = config.shape
-    needed = torch.float32.itemsize * parameter_count(shape) + optimizer_rule(config).state_bytes(shape)
-    disk = shutil.disk_usage(config.out_dir)
-    if disk.total and disk.free < needed:  # some file systems do not tell, and answer zeros
-        raise UserError(
-            f"{config.out_dir}: no space for a checkpoint of {config.model}, which takes {needed >> 20} MiB; "
-            f"{disk.free >> 20} MiB are free: make room, or choose another --out-dir"
-        )
 
 
 def bits_depend_on(

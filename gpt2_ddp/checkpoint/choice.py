@@ -6,10 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-from gpt2_ddp.checkpoint.files import faults, step_name
+from gpt2_ddp.checkpoint.files import MANIFEST, Stamp, faults, stamp, step_name
 from gpt2_ddp.system import files as disk
 from gpt2_ddp.system.errors import UserError
 
+WEIGHTS = "model.safetensors"
 FINISHED = "finished"
 """Why the last checkpoint of a run that is prolonged is set aside."""
 SUPERSEDED = "superseded"
@@ -65,29 +66,51 @@ def named(path: Path) -> tuple[Path, list[str]]:
     raise UserError(f"cannot resume from {path}: {'; '.join(passed_over)}; give another run or checkpoint")
 
 
+def require_whole_weights(directory: Path) -> None:
+    """
+    Raises:
+        UserError: where the weights in a checkpoint, or in what `eval convert` made, are not those that were written.
+            Other models have no manifest, and pass.
+    """
+    if (directory / MANIFEST).is_file() and (problems := faults(directory, of=WEIGHTS)):
+        raise UserError(
+            f"{directory} is broken ({', '.join(problems)}): name another checkpoint; if you changed it yourself, "
+            f"remove {MANIFEST} there"
+        )
+
+
 def set_aside(path: Path, why: str) -> Path:
     """Rename a checkpoint so that no run takes it up again, and return its new name."""
-    target, number = path.with_name(f"{path.name}.{why}"), 2
-    while target.exists():
-        target, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1
+    target = name_aside(path, why)
     disk.rename(path, target)
     return target
 
 
-def prune(directory: Path, keep: int, *, beside: int | None = None) -> None:
+def name_aside(path: Path, why: str) -> Path:
+    """The name that `set_aside` gives a checkpoint."""
+    target, number = path.with_name(f"{path.name}.{why}"), 2
+    while target.exists():
+        target, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1
+    return target
+
+
+def prune(directory: Path, keep: int, *, beside: int | None = None, verified: dict[Path, Stamp] | None = None) -> None:
     """Keep the `keep` newest good checkpoints, and the one of step `beside`. A broken one never counts, and goes with
     those that are too old; one that was set aside as finished stays.
+
+    `verified`, the stamps of checkpoints that were found good, spares reading these again, and is brought up to date.
     """
-    good: list[Path] = []
+    good, verified = list[Path](), verified if verified is not None else {}
     for path in checkpoints(directory):
         if beside is not None and path.name == step_name(beside):
             continue
         if len(good) == keep:
             shutil.rmtree(path, ignore_errors=True)  # of what is open on NFS something stays, until the next save
-        elif faults(path):
+        elif verified.get(path) != stamp(path) and faults(path):
             set_aside(path, "broken")
         else:
             good.append(path)
+            verified[path] = stamp(path)
     if len(good) == keep:
         for path in directory.glob("step_*.*"):
             step = path.name[5:].split(".")[0]

@@ -21,6 +21,7 @@ from gpt2_ddp.system import files as disk
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import read_json
 
+Stamp = list[tuple[str, int, int]]
 Content = bytes | Mapping[str, Any] | Mapping[str, Tensor]
 
 MANIFEST = "manifest.json"
@@ -34,8 +35,16 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_checkpoint(path: Path, files: Mapping[str, Content]) -> int:
+def stamp(path: Path) -> Stamp:
+    """Names, sizes and times of change of a checkpoint's files: one that has the same ones is taken for unchanged."""
+    found = [(file.name, file.stat()) for file in path.iterdir()]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
+def write_checkpoint(path: Path, files: Mapping[str, Content], stamps: dict[Path, Stamp] | None = None) -> int:
     """Write the checkpoint `path` and return its size in bytes; it appears under that name only when it is whole.
+
+    Into `stamps` goes the one that it has while it has no name.
 
     Raises:
         OSError: where the disk refuses; what was written aside is taken away again.
@@ -49,6 +58,8 @@ def write_checkpoint(path: Path, files: Mapping[str, Content]) -> int:
         manifest = {"version": MANIFEST_VERSION, "files": entries}
         _write_file(aside / MANIFEST, manifest)
         disk.flush_directory(aside)
+        if stamps is not None:
+            stamps[path] = stamp(aside)
         disk.rename(aside, path, last=MANIFEST)
         disk.flush_directory(path.parent)
     except OSError:
@@ -109,8 +120,11 @@ def _write_safetensors(writer: _HashingWriter, tensors: Mapping[str, Any]) -> No
         writer.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
-def faults(path: Path) -> list[str]:
-    """What is wrong with the checkpoint `path`, one phrase a fault; empty where every byte is as it was written."""
+def faults(path: Path, *, of: str = "") -> list[str]:
+    """What is wrong with the checkpoint `path`, one phrase a fault; empty where every byte is as it was written.
+
+    With `of`, a name, only that file is read.
+    """
     try:
         manifest = read_json(path / MANIFEST)
         entries = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -121,7 +135,7 @@ def faults(path: Path) -> list[str]:
         return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
     if version != MANIFEST_VERSION or not entries:
         return [f"{MANIFEST} has version {str(version)[:40]!r} and {len(entries)} files"]
-    found = [_fault(path, name, size, sha256) for name, (size, sha256) in entries.items()]
+    found = [_fault(path, name, size, sha256) for name, (size, sha256) in entries.items() if of in ("", name)]
     return [fault for fault in found if fault]
 
 

@@ -76,6 +76,8 @@ class Found:
     state: dict[str, Any] = field(default_factory=dict)
     """What its trainer_state.json holds."""
     said: list[str] = field(default_factory=list)
+    aside: list[tuple[Path, str]] = field(default_factory=list)
+    """Checkpoints that the run sets aside as it begins, and why."""
 
 
 def read_state(path: Path) -> dict[str, Any]:

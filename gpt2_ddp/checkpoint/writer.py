@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2_ddp.checkpoint.choice import prune
-from gpt2_ddp.checkpoint.files import Content, step_name, write_checkpoint
+from gpt2_ddp.checkpoint.files import Content, Stamp, step_name, write_checkpoint
 
 STILL_WRITING = "the save before it is still being written"
 
@@ -47,6 +47,7 @@ class CheckpointWriter:
         self.enabled = enabled
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saves: list[Future[SaveReport]] = []
+        self._verified: dict[Path, Stamp] = {}
         self.last_error: str | None = None
         """Why the last of the saves reported so far failed."""
 
@@ -69,13 +70,17 @@ class CheckpointWriter:
     def _write(self, step: int, files: Mapping[str, Content], blocked: float) -> SaveReport:
         start = time.perf_counter()
         try:
-            size = write_checkpoint(self.directory / step_name(step), files)
+            size = write_checkpoint(self.directory / step_name(step), files, self._verified)
             if self.keep:
-                prune(self.directory, self.keep, beside=self.beside)
+                prune(self.directory, self.keep, beside=self.beside, verified=self._verified)
         except OSError as error:
             seconds = time.perf_counter() - start
             return SaveReport(step=step, seconds=seconds, blocked_seconds=blocked, bytes=0, error=str(error))
         return SaveReport(step=step, seconds=time.perf_counter() - start, blocked_seconds=blocked, bytes=size)
+
+    def busy(self) -> bool:
+        """Whether a save has not ended yet."""
+        return not all(save.done() for save in self._saves)
 
     def reports(self, *, wait: bool = False) -> list[SaveReport]:
         """The saves that ended since the last call; with `wait` all that were started."""

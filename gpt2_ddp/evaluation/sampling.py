@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Drawing:
         """One token for each row of logits (B, vocabulary): (B,)."""
         if self.temperature < torch.finfo(torch.float32).tiny:
             return logits.argmax(-1)
+        logits = logits.nan_to_num(neginf=-math.inf)  # a model that has diverged writes on, and training tells of it
         # The largest logit is taken off first: divided by a tiny temperature, the others may go to -inf, never to NaN.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         candidates = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -66,6 +67,9 @@ class RunLog(Protocol):
     def cut(self, last_step: int) -> None:
         """Forget the events after `last_step`."""
 
+    def flush(self) -> None:
+        """Have the events on the disk, where a loss of power leaves them."""
+
     def close(self) -> None:
         """Give up the files."""
 
@@ -78,6 +82,7 @@ class NullLog:
     def train(self, metrics: StepMetrics) -> None: ...
     def status(self, state: str, *, step: int, **values: Any) -> None: ...
     def cut(self, last_step: int) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -140,10 +145,15 @@ class FileLog:
     def cut(self, last_step: int) -> None:
         self._write()
         self._file.close()
+        self._unwritten = lines_until(last_step, self._unwritten)
         cut_metrics(self._path, last_step)
         self._file = self._path.open("ab", buffering=0)
         for board in self._boards:
             board.cut(last_step)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):  # of which the next line tells, or which the file system does not know
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -152,18 +162,29 @@ class FileLog:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Drop the lines of events after `last_step`, and a torn last line, so that no step appears twice."""
-    if not path.exists():
-        return
+    """Drop the lines of events after `last_step`, and a torn last line, so that no step appears twice.
+
+    Where they stand at the end, as they do in a log of ours, that needs no room on the disk.
+    """
+    there = path.read_bytes() if path.exists() else b""
+    kept = lines_until(last_step, there)
+    if not there.startswith(kept):
+        replace_file(path, kept)
+    elif there != kept:
+        os.truncate(path, len(kept))
+
+
+def lines_until(last_step: int, lines: bytes) -> bytes:
+    """Of lines of JSON, those of events up to `last_step`."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines.splitlines():
         try:
             entry = json_object(line)
         except ValueError:
             continue
         if isinstance(entry.get("step"), int) and entry["step"] <= last_step:
-            kept.append(line + "\n")
-    replace_file(path, "".join(kept))
+            kept.append(line + b"\n")
+    return b"".join(kept)
 
 
 def memory_mb(peak_bytes: int | None) -> float:

@@ -31,6 +31,7 @@ from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.distributed.stopping import StopRequest
 from gpt2_ddp.model.gpt import GPT, SIZES, GPTConfig
 from gpt2_ddp.model.memory import training_memory
+from gpt2_ddp.model.shapes import parameter_count
 from gpt2_ddp.optim.rule import AdamW
 from gpt2_ddp.system.precision import Precision
 
@@ -41,19 +42,19 @@ ADAMW = AdamW(weight_decay=0.1, beta1=0.9, beta2=0.95)
 def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     precision = Precision.of(torch.float32, torch.device("cpu"))
 
-    def chosen(room_for: int, sequences_per_step: int, beyond: int = 2) -> int:
+    def chosen(room_for: int, sequences_per_step: int, beyond: int = 2, sums: int = 0, **how: bool) -> int:
         needed = training_memory(
             WIDE,
             micro_batch_size=room_for,
             sequence_length=64,
             dtype=torch.float32,
             device_type="cpu",
-            state_bytes=ADAMW.state_bytes(WIDE),
+            state_bytes=ADAMW.state_bytes(WIDE) + sums * 4 * parameter_count(WIDE),
         )
         free = needed.total / 0.5 + beyond
         monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": free, "total": free}))
         return choose_micro_batch(
-            WIDE, precision, DistContext(), ADAMW, sequences_per_step=sequences_per_step, sequence_length=64
+            WIDE, precision, DistContext(), ADAMW, sequences_per_step=sequences_per_step, sequence_length=64, **how
         )
 
     assert chosen(1, 64) == 1
@@ -64,6 +65,10 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
     assert chosen(1000, 24) == 8
     with pytest.raises(ValueError, match="not one sequence fits"):
         chosen(1, 64, beyond=-2)
+    # The tree of eight micro-steps holds three sums of gradients, that of smaller and more micro-steps more.
+    assert chosen(8, 64, sums=3, reproducible=True) == 8
+    with pytest.raises(ValueError, match="not one sequence fits"):
+        chosen(8, 64, beyond=-2, sums=3, reproducible=True)
 
 
 FAKE_SHORTAGE = """
@@ -106,15 +111,15 @@ def test_a_model_that_no_micro_batch_helps_is_refused(monkeypatch: pytest.Monkey
     require_fit(SIZES["gpt2-xl"], ADAMW.state_bytes(SIZES["gpt2-xl"]), torch.device("cpu"))
 
 
-def test_the_search_stops_at_the_first_that_does_not_fit() -> None:
+def test_all_are_reckoned_and_none_is_run_below_the_first_that_runs() -> None:
     tried: list[int] = []
 
     def fits(size: int) -> bool:
         tried.append(size)
-        return size < 4
+        return 1 < size < 4
 
     assert largest_fitting([1, 2, 4, 8], fits, DistContext()) == 2
-    assert tried == [1, 2, 4]
+    assert largest_fitting([1, 4, 8], fits, DistContext()) == 0
     tried.clear()
     assert first_running([16, 8, 2, 1], fits, DistContext()) == 2
     assert tried == [16, 8, 2]
@@ -126,6 +131,7 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
 ) -> None:
     """The calls of CUDA are taken over: no GPU is here to run out of memory."""
     tried: list[tuple[str, int]] = []
+    held: list[int] = []
     forgotten: list[object] = []
 
     def fake_warm_up(module: nn.Module, plan: BatchPlan, *_: object) -> None:
@@ -133,6 +139,10 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
         assert all(parameter.grad is not None for parameter in module.parameters())
         if plan.micro_batch_size > 2:
             raise torch.OutOfMemoryError
+
+    def beside(size: int) -> int:
+        held.append(size)
+        return 4 // size
 
     monkeypatch.setattr("gpt2_ddp.build.micro_batch.warm_up", fake_warm_up)
     monkeypatch.setattr("torch.random.fork_rng", lambda _: nullcontext())
@@ -142,12 +152,20 @@ def test_a_trial_runs_what_will_be_trained_and_leaves_nothing_behind(
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", forgotten.append)
     precision, cpu = Precision.of(torch.float32, torch.device("cpu")), torch.device("cpu")
     trial = Trial(
-        WIDE, precision, DistContext(), ADAMW, sequence_length=8, compiled=compiled, activation_checkpointing=False
+        WIDE,
+        precision,
+        DistContext(),
+        ADAMW,
+        sequence_length=8,
+        compiled=compiled,
+        activation_checkpointing=False,
+        beside=beside,
     )
     assert first_running([4, 2, 1], trial.runs, DistContext()) == 2
     name = "CompiledGPT" if compiled else "GPT"
     assert tried == [(name, 4), (name, 2)]
     assert forgotten == [cpu, cpu]
+    assert held == [4, 2]
     monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda _: 901)
     assert not trial.runs(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,10 @@ from pathlib import Path
 import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree, wait_until
+
+from eval.convert import Convert
+from eval.val_loss import ValLoss
+from gpt2_ddp.system.errors import UserError
 
 FILES = (
     "config.json",
@@ -103,3 +108,26 @@ def test_pruning_neither_counts_nor_keeps_a_broken_one(data_dir: Path, tmp_path:
     warm.train(out_dir, data_dir, *longer)
     names = sorted(path.name for path in (out_dir / "checkpoints").iterdir())
     assert names == ["step_00000012", "step_00000016"]
+
+
+def test_weights_that_changed_are_neither_scored_nor_passed_on_nor_begun_with(
+    clean: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """Of other files, such as the optimizer's, an evaluation takes no notice."""
+    out_dir = shutil.copytree(clean, tmp_path / "run")
+    flip_a_byte(checkpoint(out_dir) / "optimizer.safetensors")
+
+    def scored(model: Path) -> ValLoss:
+        return ValLoss(model=str(model), data_dir=data_dir, val_tokens=64, device="cpu", dtype="float32")
+
+    scored(out_dir).run()
+    flip_a_byte(checkpoint(out_dir) / "model.safetensors")
+    broken = f"{checkpoint(out_dir)} is broken \\(model.safetensors does not have the SHA-256 it was written with\\)"
+    for command in (scored(out_dir), Convert(source=str(out_dir), target=tmp_path / "model")):
+        with pytest.raises(UserError, match=broken):
+            command.run()
+    assert not (tmp_path / "model").exists()
+    done = warm.train(tmp_path / "new", data_dir, f"--init-from={out_dir}", status=2)
+    assert re.match(f"error: {broken}: name another checkpoint; if you changed it yourself, remove", done.stderr)
+    (checkpoint(out_dir) / "manifest.json").unlink()
+    scored(checkpoint(out_dir)).run()

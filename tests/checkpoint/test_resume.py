@@ -14,9 +14,9 @@ import pytest
 from drivers import warm
 from running import checkpoint, final_hashes, metrics, tree
 
+from gpt2_ddp.build.beginning import require_room
 from gpt2_ddp.build.prolonging import rate_jump
 from gpt2_ddp.build.resume import saved_dtype, was_restarted
-from gpt2_ddp.build.settling import require_room
 from gpt2_ddp.checkpoint.choice import named
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.optim.schedules import Cosine
@@ -81,6 +81,19 @@ def test_a_way_back_can_be_taken_back(clean: Path, data_dir: Path, tmp_path: Pat
     done = warm.train(out_dir, data_dir, f"--resume={old}")
     assert f"resuming {out_dir} from {old} at step 8" in done.stdout
     assert final_hashes(out_dir) == final_hashes(clean)
+
+
+def test_a_start_that_is_refused_sets_nothing_aside(clean: Path, data_dir: Path, tmp_path: Path) -> None:
+    """What a save that was cut off has left goes, which nothing else would ever take away."""
+    out_dir = shutil.copytree(clean, tmp_path / "run")
+    before = tree(out_dir)
+    cut_off = checkpoint(out_dir, 11).with_suffix(".tmp")
+    cut_off.mkdir()
+    (cut_off / "model.safetensors").write_bytes(b"half of it")
+    flags = (f"--resume={checkpoint(out_dir, 4)}", "--reproducible")
+    done = warm.train(out_dir, data_dir, *flags, status=2)
+    assert "--reproducible: the run that is resumed was not begun with it" in done.stderr
+    assert tree(out_dir) == before
 
 
 def test_links_to_its_checkpoints_are_its_checkpoints(clean: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from drivers.live_bytes import LiveBytes
 from running import checkpoint, final_hashes, metrics, status, wait_until
 from safetensors.torch import load_file
 
+from gpt2_ddp.checkpoint import choice
 from gpt2_ddp.checkpoint import writer as saver
 from gpt2_ddp.checkpoint.choice import prune
 from gpt2_ddp.checkpoint.files import faults, write_checkpoint
@@ -88,6 +89,26 @@ def test_an_old_checkpoint_that_cannot_go_is_no_failed_save(tmp_path: Path, monk
     monkeypatch.setattr(os, "rmdir", busy)
     prune(tmp_path, 2)
     assert [faults(tmp_path / name) == [] for name in ("step_00000002", "step_00000003")] == [True, True]
+
+
+def test_a_checkpoint_that_was_just_written_is_read_again_only_when_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of 1558M are 56 GB, which a run that is to end has no time for."""
+    read: list[str] = []
+    monkeypatch.setattr(choice, "faults", lambda path: read.append(path.name) or faults(path))
+    write_checkpoint(tmp_path / "step_00000001", {"model.safetensors": {"w": torch.zeros(2)}})
+    saves = saver.CheckpointWriter(tmp_path, keep=3, enabled=True, patience=60)
+    for step in (2, 3, 4):
+        saves.save(step, lambda: {"model.safetensors": {"w": torch.ones(2)}})
+        saves.reports(wait=True)
+    assert read == ["step_00000001"]  # once, of an earlier start
+    (tmp_path / "step_00000003" / "model.safetensors").write_bytes(b"torn")
+    saves.save(5, lambda: {"model.safetensors": {"w": torch.ones(2)}})
+    saves.reports(wait=True)
+    saves.close()
+    assert read == ["step_00000001", "step_00000003"]
+    assert sorted(path.name for path in choice.checkpoints(tmp_path)) == [f"step_{step:08d}" for step in (2, 4, 5)]
 
 
 @pytest.mark.parametrize("stop", [False, True], ids=["finished", "stopped"])

@@ -106,9 +106,9 @@ def hold_save(*, step: int) -> None:
     """Wait in the middle of the save of `step`, once, for the file `go`, whatever signals come."""
     original, write_file = writer.write_checkpoint, checkpoint._write_file
 
-    def write_checkpoint(path: Path, files: dict[str, Any]) -> int:
+    def write_checkpoint(path: Path, *rest: Any) -> int:
         if path.name != checkpoint.step_name(step) or not first_time(path.parent.parent / "saving"):
-            return original(path, files)
+            return original(path, *rest)
 
         def slow_write_file(file: Path, content: Any) -> dict[str, Any]:
             while file.name == "optimizer.safetensors" and not (path.parent.parent / "go").exists():
@@ -117,7 +117,7 @@ def hold_save(*, step: int) -> None:
 
         checkpoint._write_file = slow_write_file
         try:
-            return original(path, files)
+            return original(path, *rest)
         finally:
             checkpoint._write_file = write_file
 
@@ -237,11 +237,11 @@ def no_space(*, steps: Sequence[int], once: bool = False) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def write_checkpoint(path: Path, files: dict[str, Any]) -> int:
+    def write_checkpoint(path: Path, *rest: Any) -> int:
         strike = int(path.name[5:]) in steps and (not once or first_time(path.parent.parent / f"full{path.name}"))
         os.fsync = full if strike else fsync
         try:
-            return original(path, files)
+            return original(path, *rest)
         finally:
             os.fsync = fsync
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -93,6 +94,30 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     found = [(entry["event"], entry["step"]) for entry in lines(tmp_path)]
     expected = [("start", 0), *(("train", step) for step in range(1, 5)), ("val", 4), ("train", 5), ("start", 5)]
     assert found == [*expected, *(("train", step) for step in range(6, 11))]
+
+
+def test_going_back_takes_no_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do lines come later that waited in memory and are no more."""
+    log = FileLog(tmp_path, resumed_step=0)
+    for step in range(1, 5):
+        log.event("train", step=step)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt2_ddp.metrics.log.replace_file", full)
+        patch.setattr(log, "_write", lambda: None)
+        log.event("train", step=5)
+        log.cut(3)
+        log.event("spike", step=3)
+    log.event("train", step=4)
+    log.close()
+    assert [(entry["event"], entry["step"]) for entry in lines(tmp_path)] == [
+        *(("train", step) for step in (1, 2, 3)),
+        ("spike", 3),
+        ("train", 4),
+    ]
 
 
 @pytest.mark.parametrize(

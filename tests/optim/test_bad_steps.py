@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,7 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 from drivers import warm
 from recomputed import assert_near
-from running import checkpoint, final_hashes, metrics, status, weights_and_moments
+from running import checkpoint, final_hashes, metrics, status, wait_until, weights_and_moments
 from safetensors.torch import load_file
 
 from gpt2_ddp.checkpoint.files import faults
@@ -198,8 +199,16 @@ def test_it_goes_back_no_more_often_than_it_may(data_dir: Path, tmp_path: Path) 
 
 
 def test_two_ranks_go_back_together(data_dir: Path, tmp_path: Path) -> None:
-    flags = (*GUARDED, "--reproducible")
-    warm.fork_ranks(2, tmp_path / "two", data_dir, *flags, faults=spiky(23))
+    """To a checkpoint that is still being written, for longer than a rank may stand still."""
+
+    def let_go(_: list[int]) -> None:
+        wait_until((tmp_path / "two" / "saving").exists)
+        time.sleep(6)
+        (tmp_path / "two" / "go").touch()
+
+    flags = (*GUARDED, "--reproducible", "--timeout", "3")
+    slow = {"hold_save": {"step": 20}}
+    warm.fork_ranks(2, tmp_path / "two", data_dir, *flags, faults=spiky(23) | slow, meanwhile=let_go)
     warm.train(tmp_path / "one", data_dir, *flags, faults={"pass_over": {"after": 20, "by": 3}})
     two, one = final_hashes(tmp_path / "two"), final_hashes(tmp_path / "one")
     assert two == {**one, "spike_guard": {**one["spike_guard"], "passed_over": 3, "rollbacks": 1}}
