@@ -134,7 +134,7 @@ class TrainConfig:
     """auto continues the run in --out-dir if there is one; never refuses to; or a checkpoint or run to go on from."""
 
     timeout: float = 300.0
-    """Seconds after which a rank that does not answer ends the run."""
+    """Seconds after which a rank that does not answer ends the run; before its first step is done, 30 minutes."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, all faults at once.

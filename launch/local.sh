@@ -3,7 +3,8 @@
 # Trains the smallest model on the Python language reference (it ships inside Python, so nothing is downloaded but the
 # packages), on every GPU or on the CPU's cores. At most three minutes on two cores, whose time goes into the head: 64
 # numbers a position rather than gpt2-mini's 384 make it a sixth. Run it again and it goes on where it stopped.
-# DATA_DIR and RUN_DIR name other places than data/demo and runs/local.
+# DATA_DIR and RUN_DIR name other places than data/demo and runs/local. A step is 8 sequences of 128 tokens: on 3, 5, 6, 7
+# or more than 8 GPUs give one that divides by them: --total-batch-size 768 for 3 or 6.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATA_DIR:-data/demo}
@@ -75,5 +76,6 @@ more text     $python -m eval sample --model $model --prompt "A class definition
 train longer  ${places}bash launch/local.sh --max-steps 2000
 your own text $python -m data_prep text notes.txt --out data/mine
               $python -m launch -- --model gpt2-mini --data-dir data/mine --out-dir runs/mine
-GPT-2 124M    $python -m launch -- --config launch/gpt2_124m_t4.toml; others, and slurm.sbatch, are beside it
+GPT-2 124M    $python -m data_prep shakespeare --out data/shakespeare
+              $python -m launch -- --config launch/gpt2_124m_t4.toml; others, and slurm.sbatch, are beside it
 END

@@ -4,7 +4,7 @@
 #   python -m data_prep shakespeare --out data/shakespeare      or TEXT=any.txt
 #   bash launch/seed_convergence.sh [trainer flags]             one GPU, or as many as there are
 #   PART=16 bash launch/seed_convergence.sh                     for a CPU: a sixteenth of the text and of the batch, as often
-# One rank has a sequence of 1,024 tokens at least: PART=32 takes LAUNCH_FLAGS="--nproc-per-node 1".
+# One rank has a sequence of 1,024 tokens at least: on more ranks than 32 / PART, LAUNCH_FLAGS="--nproc-per-node 1".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/find_python.sh

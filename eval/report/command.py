@@ -54,7 +54,7 @@ class Report:
         except ImportError:
             raise UserError("the page needs bokeh: pip install -e '.[report]' in the checkout") from None
         warnings = list(filter(None, map(died, self.runs)))
-        replace_file(self.out, page(records, drawn(records), warnings))
+        replace_file(self.out, page(records, drawn(records), warnings).encode("utf-8", "replace"))
         for line in warnings:
             tell(f"warning: {line}")
         print(f"wrote {self.out}: open it in a browser")

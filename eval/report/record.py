@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,11 @@ class Record:
     """status.json, nothing where there is none."""
 
     @property
+    def is_current(self) -> bool:
+        """Whether the files beside it are about this log; not that of a run which was prolonged since."""
+        return self.history.path.name == "metrics.jsonl"
+
+    @property
     def color(self) -> str:
         return COLORS[self.number % len(COLORS)]
 
@@ -57,14 +62,15 @@ class Record:
     def starts(self) -> list[Mapping[str, Any]]:
         """What config.json says of each start, or else metrics.jsonl of those since which nothing was done again."""
         told = self.history.told.get("starts")
-        starts = told if isinstance(told, list) else []
+        starts = told if isinstance(told, list) and self.is_current else []
         whole: list[Mapping[str, Any]] = [start for start in starts if isinstance(start, dict)]
         return whole or list(self.history.events.get("start", ()))
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """All that were saved, in the order of their steps; the sizes of those not told are taken from the disk."""
-        there = {int(path.name[5:]): path for path in checkpoints(self.folder / "checkpoints")}
+        on_disk = checkpoints(self.folder / "checkpoints") if self.is_current else []
+        there = {int(path.name[5:]): path for path in on_disk}
         found = {}
         for event in self.history.events.get("checkpoint", ()):
             step = event["step"]
@@ -126,8 +132,8 @@ def read_record(place: int, name: str, run: Path) -> Record:
     """
     history = read_history(run)
     folder = history.path.parent
-    status = read_if_whole(folder / "status.json")
-    return Record(number=place, name=name, folder=folder, history=history, status=status)
+    record = Record(number=place, name=name, folder=folder, history=history, status={})
+    return replace(record, status=read_if_whole(folder / "status.json")) if record.is_current else record
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:

@@ -31,6 +31,8 @@ def find_start(config: TrainConfig, data_fingerprint: str, held: ExitStack) -> F
     """
     hold_directory(config.out_dir, held)
     found = find_resume(config, data_fingerprint)
+    for unfinished in (config.out_dir / "checkpoints").glob("step_*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was cut off: it would keep its room for ever
     if found.path is None:
         require_room(config)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -99,6 +100,8 @@ def choose_micro_batch(
     """
     candidates = micro_batches(sequences_per_step, context.world_size)
     free, device_memory = find_memory(context)
+    way: dict[str, Any] = {"compiled": compiled, "activation_checkpointing": activation_checkpointing}
+    way["sequence_length"] = sequence_length
 
     def beside(size: int) -> int:
         return partial_sums(config, sequences_per_step // (size * context.world_size)) if reproducible else 0
@@ -107,28 +110,16 @@ def choose_micro_batch(
         return training_memory(
             config,
             micro_batch_size=micro_batch_size,
-            sequence_length=sequence_length,
             dtype=precision.dtype,
             device_type=precision.device_type,
             state_bytes=rule.state_bytes(config) + beside(micro_batch_size),
             device_memory=device_memory,
-            compiled=compiled,
-            activation_checkpointing=activation_checkpointing,
+            **way,
         )
 
     size = largest_fitting(candidates, fits_into(free, precision.device_type, reckon), context)
     if context.device.type == "cuda":
-        make_trial = partial(
-            Trial,
-            config,
-            precision,
-            context,
-            rule,
-            sequence_length=sequence_length,
-            compiled=compiled,
-            activation_checkpointing=activation_checkpointing,
-            beside=beside,
-        )
+        make_trial = partial(Trial, config, precision, context, rule, beside=beside, **way)
         trial = context.run_on_all(make_trial)  # a GPU may be held by another process
         smaller = [candidate for candidate in reversed(candidates) if candidate <= max(1, size)]
         size = first_running(smaller, trial.runs, context)
@@ -151,7 +142,11 @@ def micro_batches(sequences_per_step: int, world_size: int) -> list[int]:
     share, rest = divmod(sequences_per_step, world_size)
     if rest or not share:
         told = f"{sequences_per_step} sequences a step do not divide by {world_size} ranks"
-        raise UserError(f"{told}: choose --total-batch-size as a multiple of --sequence-length times the ranks")
+        nearest = max(1, share) * world_size
+        raise UserError(
+            f"{told}: choose --total-batch-size as a multiple of --sequence-length times the ranks, such as "
+            f"that of {nearest} sequences"
+        )
     return [1 << n for n in range(share.bit_length()) if share % (1 << n) == 0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -73,8 +72,6 @@ def find_resume(config: TrainConfig, data_fingerprint: str) -> Found:
         if config_file.exists() or checkpoints(directory):
             raise UserError(f"{config.out_dir} holds a run and --resume is never: choose another --out-dir")
         return Found()
-    for unfinished in directory.glob("step_*.tmp"):  # of a save that was cut off: it would keep its room for ever
-        shutil.rmtree(unfinished, ignore_errors=True)
     said: list[str] = []
     path: Path | None
     if config.resume == "auto":

@@ -13,6 +13,8 @@ DISK_ERRORS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 }
 
 

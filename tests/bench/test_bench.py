@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from drivers import warm
 from running import environment
 
 from gpt2_ddp.bench.command import Bench, climb, for_cuda, table
@@ -105,3 +106,9 @@ def test_the_whole_ladder(tmp_path: Path) -> None:
     for rung in rungs:
         assert rung["speedup"] == pytest.approx(rungs[0]["ms_per_step"] / rung["ms_per_step"], rel=1e-2)
     assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flag", ["--auto", "--json=ladder.json", "--plot=ladder.png"])
+def test_what_one_process_does_is_refused_under_torchrun(flag: str) -> None:
+    done = warm.fork_program("-m", "gpt2_ddp.bench", "--device=cpu", flag, nproc=2, status=2)
+    assert "--auto, --json and --plot are for one process: leave them out under torchrun" in done.stderr

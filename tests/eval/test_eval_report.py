@@ -19,7 +19,7 @@ from test_eval_plot import full_run, train_event, write_run
 
 from eval.curves import thinned
 from eval.report.command import Report
-from eval.report.record import MOST_MARKS, Mark, merged
+from eval.report.record import MOST_MARKS, Mark, merged, read_record
 from gpt2_ddp.config import TrainConfig
 
 START = {"time": "2026-11-20T10:00:00+0000", "step": 0, "argv": ["gpt2_ddp.train", "--seed=3"], "host": "node7"}
@@ -131,6 +131,21 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
         "GPT-2 124M 29.55%",
         "GPT-3 Small (124M) 33.7%",
     }
+
+
+def test_the_kept_log_of_a_prolonged_run_is_not_told_the_state_of_the_new_one(tmp_path: Path) -> None:
+    """Nor does a byte that is no UTF-8, in what a run was called, end the page."""
+    run_dir = written(tmp_path / "run")
+    record = read_record(0, "run", run_dir)
+    assert (record.status["step"], len(record.starts)) == (20, 2)
+    kept = (run_dir / "metrics.jsonl").rename(run_dir / "metrics.step_00000020.jsonl")
+    (run_dir / "checkpoints" / "step_00000030").mkdir(parents=True)
+    record = read_record(0, "odd \udcff", kept)
+    assert (record.status, [each.step for each in record.checkpoints], len(record.starts)) == ({}, [10], 1)
+    config = json.loads((run_dir / "config.json").read_text())
+    config["starts"][0]["argv"] = ["gpt2_ddp.train", "--seed=\udcff"]
+    (run_dir / "config.json").write_text(json.dumps(config))
+    assert "20" in words(page(tmp_path, kept, written(tmp_path / "other")))
 
 
 def test_several_runs_lie_over_each_other_with_what_differs(tmp_path: Path) -> None:

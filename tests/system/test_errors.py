@@ -28,6 +28,7 @@ cli.run(main)
         ("raise UserError('--steps 0 must be\\n at least 1')", "error: --steps 0 must be at least 1\n"),
         ("raise OneRankError('rank 1 alone')", "error: rank 1 alone\n"),
         ("open('/nowhere/file')", "error: /nowhere/file: No such file or directory\n"),
+        ("open('a' * 300)", f"error: {'a' * 300}: File name too long\n"),
     ],
 )
 def test_a_user_is_told_in_one_line(fault: str, line: str) -> None:
