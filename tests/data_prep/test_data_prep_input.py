@@ -210,6 +210,17 @@ def test_killed_while_the_shards_become_training_data(
     assert not list(command.out.glob("val*"))
 
 
+def test_a_pattern_below_a_hidden_folder_at_an_address(tmp_path: Path) -> None:
+    (tmp_path / ".raw" / ".hidden").mkdir(parents=True)
+    for name in ("a.txt", ".b.txt", ".hidden/c.txt"):
+        (tmp_path / ".raw" / name).write_text(name)
+    for number, pattern in enumerate(("*.txt", "?.txt", "[a].txt", "**")):
+        command = Text(paths=(f"file://{tmp_path}/.raw/{pattern}",), out=tmp_path / str(number), val_fraction=0)
+        assert run_here(command) == ["a.txt"]
+    with pytest.raises(ValueError, match="no file there"):
+        Files(paths=(f"file://{tmp_path}/.raw/*/c.txt",), text_field="text")
+
+
 def test_data_without_a_validation_split_train_without_validation(tmp_path: Path) -> None:
     """Unless another --val-every than the default asks for it, whose error says what to do."""
     data_dir = write_shards(tmp_path / "data", val_tokens=())
