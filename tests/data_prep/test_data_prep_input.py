@@ -210,6 +210,25 @@ def test_killed_while_the_shards_become_training_data(
     assert not list(command.out.glob("val*"))
 
 
+def test_parts_of_an_attempt_that_came_to_nothing_are_no_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Text(paths=(str(write_jsonl(tmp_path / "a.jsonl", ["a", "b"])),), out=tmp_path / "out", val_fraction=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(output.ShardWriter, "finish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    assert (first.out / "train_000000.bin.part").exists()
+    (tmp_path / "b.txt").write_text("one short text")
+    Text(paths=(str(tmp_path / "b.txt"),), out=first.out, val_tokens=1000).run()
+    assert texts_of(first.out, "train") == ["one short text"]
+    assert sorted(path.name for path in first.out.iterdir()) == ["manifest.json", "train_000000.bin"]
+    (first.out / "manifest.json").unlink()
+    (first.out / "train_000000.bin").rename(first.out / "train_000000.bin.part")
+    with pytest.raises(ValueError, match=r"holds train_000000\.bin\.part, which was not made here"):
+        first.run()
+
+
 def test_a_pattern_below_a_hidden_folder_at_an_address(tmp_path: Path) -> None:
     (tmp_path / ".raw" / ".hidden").mkdir(parents=True)
     for name in ("a.txt", ".b.txt", ".hidden/c.txt"):
