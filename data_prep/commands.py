@@ -17,7 +17,7 @@ from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
 
 from .files import READ, UNREAD, Files
-from .output import require_apart, require_no_tokenizer, require_place
+from .output import kept, require_apart, require_no_tokenizer, require_place
 from .prepare import Settings, chosen_workers, prepare
 from .sources import PythonTopics, Source
 from .tokenizers import TrainTokenizer, found_tokenizer
@@ -123,7 +123,7 @@ class Hub(Shards):
     split: str = "train"
     """Which of its splits to read; shards for validation are taken from it."""
     revision: str | None = None
-    """Branch, tag or commit; the manifest keeps the commit."""
+    """Branch, tag or commit; the manifest keeps the commit, with which an interrupted preparation goes on."""
     streaming: bool = False
     """Read it as it arrives, without a copy on this disk."""
     text_field: str = "text"
@@ -140,6 +140,7 @@ class Hub(Shards):
             revision=self.revision,
             streaming=self.streaming,
             text_field=self.text_field,
+            begun=kept(self.out),
         )
 
 
