@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import urllib.error
 import urllib.request
@@ -176,7 +177,7 @@ class HellaSwag:
     """HellaSwag's validation set as JSON lines, for `python -m eval hellaswag`."""
 
     out: Path
-    """Directory for hellaswag_val.jsonl."""
+    """Directory for the file: hellaswag_val.jsonl, or by the name of another split."""
     dataset: str = "Rowan/hellaswag"
     """Name on the hub, or directory that the `datasets` library reads."""
     split: str = "validation"
@@ -188,7 +189,8 @@ class HellaSwag:
         """Write the file and say what to do with it."""
         from .hub import write_hellaswag
 
-        path = self.out / "hellaswag_val.jsonl"
+        part = "val" if self.split == "validation" else re.sub(r"\W+", "_", self.split).strip("_")
+        path = self.out / f"hellaswag_{part}.jsonl"
         require_writable(self.out)
         require_apart(self.out, local(self.dataset))
         count = write_hellaswag(self.dataset, split=self.split, revision=self.revision, path=path)

@@ -180,12 +180,15 @@ def write_hellaswag(name: str, *, split: str, revision: str | None, path: Path) 
     """HellaSwag's examples as JSON lines; the number of them. The file appears when it is whole.
 
     Raises:
-        UserError: for an example that is not as in HellaSwag, and as `opened`.
+        UserError: for an example that is not as in HellaSwag, for another file at `path`, and as `opened`.
     """
     data = rows(opened(name, config=None, revision=resolved_revision(name, revision)), name, split=split)
     lines = [json.dumps(_hellaswag_example(row, f"{name}, row {number}")) for number, row in enumerate(data)]
+    contents = "".join(f"{line}\n" for line in lines).encode()
+    if path.is_file() and path.read_bytes() != contents:
+        raise UserError(f"{path} is there with other contents; choose another --out, or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, "".join(f"{line}\n" for line in lines))
+    replace_file(path, contents)
     return len(lines)
 
 

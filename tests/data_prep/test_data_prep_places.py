@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -121,3 +122,26 @@ def test_documents_begin_with_one_token_before_and_after_an_interruption(
     own.own_tokenizer.cache_clear()  # as in another process
     with pytest.raises(ValueError, match=r"prepared with the token that begins documents, id 0, now asked for \d+;"):
         command.run()
+
+
+def test_each_split_of_hellaswag_has_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    texts = dict.fromkeys(("activity_label", "ctx_a", "ctx_b", "ctx", "source_id"), "a text")
+    for number, split in enumerate(("train", "validation")):
+        row = texts | {"ind": number, "endings": ["a", "b", "c", "d"], "label": "0"}
+        pq.write_table(pa.Table.from_pylist([row]), source / f"{split}.parquet")
+    command = HellaSwag(dataset=str(source), out=out)
+    command.run()
+    val = (out / "hellaswag_val.jsonl").read_bytes()
+    replace(command, split="train").run()
+    replace(command, split="train[:1]").run()
+    names = ["hellaswag_train.jsonl", "hellaswag_train_1.jsonl", "hellaswag_val.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    command.run()
+    assert (out / names[-1]).read_bytes() == val
+    (out / names[-1]).write_text("of another data set")
+    with pytest.raises(ValueError, match=r"hellaswag_val\.jsonl is there with other contents; choose another --out"):
+        command.run()
+    assert (out / names[-1]).read_text() == "of another data set"
