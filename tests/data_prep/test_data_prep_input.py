@@ -254,11 +254,12 @@ def test_data_without_a_validation_split_train_without_validation(tmp_path: Path
     )  # fmt: skip
     write_manifest(data_dir, told)
     refusal = warm.train(tmp_path / "run", data_dir, "--max-steps", "1", "--val-every", "5", status=2)
-    assert "or leave validation out by --val-every 0" in refusal.stderr
+    mend = f"train without by --val-every 0, or delete {data_dir} and prepare it again, of several documents"
+    assert mend in refusal.stderr
     done = warm.train(tmp_path / "run", data_dir, "--max-steps", "1", "--val-every", "250")
     assert f"{data_dir} has no validation split: training without validation" in done.stdout
     assert checkpoint(tmp_path / "run", 1).exists()
     assert not metrics(tmp_path / "run", "val")
     (data_dir / "manifest.json").unlink()
     refusal = warm.train(tmp_path / "run", data_dir, "--max-steps", "2", "--val-every", "250", status=2)
-    assert "or leave validation out by --val-every 0" in refusal.stderr
+    assert mend in refusal.stderr
