@@ -41,10 +41,11 @@ class Shards:
     shard_tokens: int = 100_000_000
     """Tokens in a shard."""
     val_tokens: int | None = None
-    """Validation split: the first documents, until they have this many tokens."""
+    """Validation split: the first documents, until they have this many tokens (where neither this nor --val-fraction is
+    given: demo 10,000, shakespeare 30,000)."""
     val_fraction: float | None = None
-    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said); never
-    the first, and the second in any case."""
+    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said, but
+    for demo and shakespeare); never the first, and the second in any case."""
     workers: int | None = None
     """Tokenizing processes; all physical cores that are granted if nothing is said. The shards do not depend on it."""
 
@@ -147,7 +148,10 @@ class Hub(Shards):
 
 @dataclass(frozen=True, kw_only=True)
 class FinewebEdu(Hub):
-    """FineWeb-Edu, by default its sample of 10 billion tokens."""
+    """FineWeb-Edu, by default its sample of 10 billion tokens.
+
+    Without --streaming the download and a copy of 40 to 50 GB stay in Hugging Face's cache, HF_HOME.
+    """
 
     dataset: str = "HuggingFaceFW/fineweb-edu"
     """Name on the hub or directory."""
