@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import urllib.error
 import urllib.request
@@ -17,7 +18,7 @@ from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import replace_file, require_writable
 
 from .files import READ, UNREAD, Files
-from .output import require_apart, require_no_tokenizer, require_place
+from .output import kept, require_apart, require_no_tokenizer, require_place
 from .prepare import Settings, chosen_workers, prepare
 from .sources import PythonTopics, Source
 from .tokenizers import TrainTokenizer, found_tokenizer
@@ -40,10 +41,11 @@ class Shards:
     shard_tokens: int = 100_000_000
     """Tokens in a shard."""
     val_tokens: int | None = None
-    """Validation split: the first documents, until they have this many tokens."""
+    """Validation split: the first documents, until they have this many tokens (where neither this nor --val-fraction is
+    given: demo 10,000, shakespeare 30,000)."""
     val_fraction: float | None = None
-    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said); never
-    the first, and the second in any case."""
+    """Validation split: this fraction of the documents, chosen by a hash of their text (0.01 if nothing is said, but
+    for demo and shakespeare); never the first, and the second in any case."""
     workers: int | None = None
     """Tokenizing processes; all physical cores that are granted if nothing is said. The shards do not depend on it."""
 
@@ -123,7 +125,7 @@ class Hub(Shards):
     split: str = "train"
     """Which of its splits to read; shards for validation are taken from it."""
     revision: str | None = None
-    """Branch, tag or commit; the manifest keeps the commit."""
+    """Branch, tag or commit; the manifest keeps the commit, with which an interrupted preparation goes on."""
     streaming: bool = False
     """Read it as it arrives, without a copy on this disk."""
     text_field: str = "text"
@@ -140,12 +142,16 @@ class Hub(Shards):
             revision=self.revision,
             streaming=self.streaming,
             text_field=self.text_field,
+            begun=kept(self.out),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinewebEdu(Hub):
-    """FineWeb-Edu, by default its sample of 10 billion tokens."""
+    """FineWeb-Edu, by default its sample of 10 billion tokens.
+
+    Without --streaming the download and a copy of 40 to 50 GB stay in Hugging Face's cache, HF_HOME.
+    """
 
     dataset: str = "HuggingFaceFW/fineweb-edu"
     """Name on the hub or directory."""
@@ -175,7 +181,7 @@ class HellaSwag:
     """HellaSwag's validation set as JSON lines, for `python -m eval hellaswag`."""
 
     out: Path
-    """Directory for hellaswag_val.jsonl."""
+    """Directory for the file: hellaswag_val.jsonl, or by the name of another split."""
     dataset: str = "Rowan/hellaswag"
     """Name on the hub, or directory that the `datasets` library reads."""
     split: str = "validation"
@@ -187,7 +193,8 @@ class HellaSwag:
         """Write the file and say what to do with it."""
         from .hub import write_hellaswag
 
-        path = self.out / "hellaswag_val.jsonl"
+        part = "val" if self.split == "validation" else re.sub(r"\W+", "_", self.split).strip("_")
+        path = self.out / f"hellaswag_{part}.jsonl"
         require_writable(self.out)
         require_apart(self.out, local(self.dataset))
         count = write_hellaswag(self.dataset, split=self.split, revision=self.revision, path=path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_ddp.data.manifest import MANIFEST, Manifest, ShardRecord, read_manifest, write_manifest
+from gpt2_ddp.data.own_tokenizer import FILE, SETTINGS
 from gpt2_ddp.data.shards import HEADER_BYTES, PART, Split, Tokens, header, read_shard, shard_name
 from gpt2_ddp.system.errors import UserError
 from gpt2_ddp.system.files import flush, flush_directory, rename, require_writable, sole_use
@@ -149,11 +151,9 @@ class ShardWriter:
         self._sealed, self._uncommitted = [], 0
 
     def _remove_all(self) -> None:
-        for record in (*self.manifest.shards, *self._sealed):
-            for name in (record.name, record.name + PART):
-                (self._data_dir / name).unlink(missing_ok=True)
-        for part in self._parts.values():
-            part.path.unlink()
+        for record in self.manifest.shards:
+            (self._data_dir / record.name).unlink(missing_ok=True)
+        _remove_uncommitted(self._data_dir, self.manifest)
         (self._data_dir / MANIFEST).unlink()
 
 
@@ -196,8 +196,19 @@ def require_apart(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def _require_no_others(data_dir: Path) -> None:
-    if others := sorted(path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")):
+    here = {path.name for path in data_dir.iterdir() if path.suffix in (".bin", ".npy")}
+    if others := sorted({*here, *(path.name for path in _parts_in(data_dir))}):
         raise UserError(f"{data_dir} holds {others[0]}, which was not made here; choose another --out")
+
+
+def kept(data_dir: Path) -> Manifest | None:
+    """The manifest of what was prepared in a directory and is not lost by going on; None where there is nothing."""
+    manifest = read_manifest(data_dir) if data_dir.is_dir() else None
+    return manifest if manifest and _is_kept(manifest) else None
+
+
+def _is_kept(manifest: Manifest) -> bool:
+    return manifest.complete or manifest.next_chunk > 0
 
 
 def begin(data_dir: Path, wanted: Manifest) -> Manifest:
@@ -210,7 +221,9 @@ def begin(data_dir: Path, wanted: Manifest) -> Manifest:
     manifest = read_manifest(data_dir)
     if manifest is None:
         _require_no_others(data_dir)
-    if manifest is None or not (manifest.complete or manifest.next_chunk):  # nothing there to lose: ask for anything
+    if manifest is None or not _is_kept(manifest):  # nothing there to lose: ask for anything
+        if manifest:
+            _remove_uncommitted(data_dir, manifest)
         write_manifest(data_dir, wanted)
         return wanted
     for field, asked, found in _identity(wanted, manifest):
@@ -254,10 +267,23 @@ def _records(manifest: Manifest, split: Split) -> list[ShardRecord]:
     return [record for record in manifest.shards if record.name.startswith(split)]
 
 
+def _parts_in(data_dir: Path) -> list[Path]:
+    return [path for path in data_dir.glob(f"*{PART}") if re.fullmatch(r"(train|val)_[0-9]{6,9}\.bin", path.stem)]
+
+
+def _remove_uncommitted(data_dir: Path, manifest: Manifest) -> None:
+    """Remove the parts of shards, one of which might be taken for a whole one later, and the copy of a tokenizer."""
+    for part in _parts_in(data_dir):
+        part.unlink()
+    for name in (FILE, SETTINGS) if manifest.tokenizer != "gpt2" else ():
+        (data_dir / name).unlink(missing_ok=True)
+
+
 def _identity(wanted: Manifest, found: Manifest) -> Iterator[tuple[str, object, object]]:
     yield "the source", wanted.source, found.source
     yield "its version", wanted.revision, found.revision
     yield "the tokenizer", wanted.tokenizer, found.tokenizer
+    yield "the token that begins documents, id", wanted.vocabulary.eot, found.vocabulary.eot
     for name, value in wanted.settings.items():
         yield f"--{name.replace('_', '-')}", value, found.settings.get(name)
 

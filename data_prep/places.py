@@ -6,6 +6,7 @@ import contextlib
 import glob
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +104,10 @@ def found_at(address: str) -> list[Found]:
     return found
 
 
-def _is_hidden(name: str, folder: str) -> bool:
+def _is_hidden(name: str, asked: str) -> bool:
+    """Whether a file is hidden in the folder `asked`, or below the folders that a pattern names in full."""
+    fixed = re.split(r"[*?[]", asked)[0]
+    folder = asked if fixed == asked else fixed[: fixed.rfind("/") + 1]
     return any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
 
 

@@ -11,6 +11,9 @@ from gpt2_ddp.data.manifest import MANIFEST, read_manifest, require_listed
 from gpt2_ddp.data.shards import Shard, Split, anew, read_shard
 from gpt2_ddp.system.errors import UserError
 
+COMMANDS = ("demo", "shakespeare", "fineweb-edu")
+"""Those of data_prep that need no more than a folder to write to; the presets call the folder the same."""
+
 
 def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
     """The shards of one split, sorted by name: ours, llm.c's and nanoGPT's `*train*.bin`, build-nanogpt's `.npy`.
@@ -19,24 +22,23 @@ def find_shards(data_dir: Path, split: Split) -> tuple[Shard, ...]:
         UserError: for a missing or empty directory, a shard that is not one, a split without shards, and a
             directory that does not hold what its manifest says.
     """
-    prepare = f"prepare it with: python -m data_prep demo --out {data_dir}"
+    prepare = f"prepare it with: python -m data_prep {data_dir.name} --out {data_dir}"
+    prepare = prepare if data_dir.name in COMMANDS else "python -m data_prep --help lists how to prepare it"
     if not data_dir.is_dir():
         raise UserError(f"no data directory at {data_dir}; {prepare}")
     paths = {path: _split_of(path) for path in sorted(data_dir.iterdir()) if path.suffix in (".bin", ".npy")}
-    manifest = read_manifest(data_dir)
-    if manifest and not manifest.complete:
+    if (manifest := read_manifest(data_dir)) and not manifest.complete:
         raise UserError(f"the preparation of {data_dir} did not finish; run the same data_prep command again")
     if not any(paths.values()):
-        unnamed = [path.name for path in paths][:1]
-        mend = f"{unnamed[0]} says neither train nor val, rename it" if unnamed else prepare
+        mend = next((f"{path.name} says neither train nor val, rename it" for path in paths), prepare)
         raise UserError(f"no token shards (*train*.bin, *val*.bin, *.npy) in {data_dir}; {mend}")
     shards = tuple(read_shard(path) for path, found in paths.items() if found == split)
     if manifest:
         shards = tuple(replace(shard, vocab_size=manifest.vocabulary.size) for shard in shards)
         require_listed({shard.path.name: shard.tokens for shard in shards}, manifest, split, data_dir)
     if not shards:
-        without = ", or leave validation out by --val-every 0" if split == "val" else ""
-        raise UserError(f"no {split} shard in {data_dir}: {anew(data_dir / MANIFEST)}{without}")
+        head, tail = ("train without by --val-every 0, or ", ", of several documents") if split == "val" else ("", "")
+        raise UserError(f"no {split} shard in {data_dir}: {head}{anew(data_dir / MANIFEST)}{tail}")
     return shards
 
 

@@ -87,9 +87,13 @@ def refuse(directory: Path, split: Any = "train") -> str:
 
 
 def test_a_directory_without_data_names_the_command_that_prepares_it(tmp_path: Path) -> None:
-    command = f"python -m data_prep demo --out {tmp_path}"
-    assert command in refuse(tmp_path)
-    assert f"{command}/none" in refuse(tmp_path / "none")
+    for name in ("demo", "shakespeare", "fineweb-edu"):
+        command = f"python -m data_prep {name} --out {tmp_path}/{name}"
+        assert command in refuse(tmp_path / name)
+        (tmp_path / name).mkdir()
+        assert command in refuse(tmp_path / name)
+    for folder in (tmp_path, tmp_path / "none"):  # the demo is another text than the one that was wanted
+        assert refuse(folder).endswith("python -m data_prep --help lists how to prepare it")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from data_prep_runs import (
 )
 from running import run, sha256, tree
 
+from data_prep.commands import Demo, Shakespeare
 from data_prep.files import Files
 from data_prep.prepare import Settings
 from gpt2_ddp.build.evaluations import Yardsticks
@@ -142,6 +143,8 @@ def test_shakespeare_from_a_file(tmp_path: Path) -> None:
     prepare("shakespeare", "--file", tmp_path / "input.txt", "--out", tmp_path / "out")
     assert "".join(texts_of(tmp_path / "out", "val") + texts_of(tmp_path / "out", "train")) == BOOK
     assert "no network" in refused("shakespeare", "--out", tmp_path / "other")
+    for command in (Demo, Shakespeare):
+        assert f"{command.default_val_tokens:,}" in prepare("shakespeare", "--help").stdout
 
 
 @pytest.mark.parametrize(

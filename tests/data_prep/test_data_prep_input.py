@@ -210,6 +210,36 @@ def test_killed_while_the_shards_become_training_data(
     assert not list(command.out.glob("val*"))
 
 
+def test_parts_of_an_attempt_that_came_to_nothing_are_no_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Text(paths=(str(write_jsonl(tmp_path / "a.jsonl", ["a", "b"])),), out=tmp_path / "out", val_fraction=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(output.ShardWriter, "finish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    assert (first.out / "train_000000.bin.part").exists()
+    (tmp_path / "b.txt").write_text("one short text")
+    Text(paths=(str(tmp_path / "b.txt"),), out=first.out, val_tokens=1000).run()
+    assert texts_of(first.out, "train") == ["one short text"]
+    assert sorted(path.name for path in first.out.iterdir()) == ["manifest.json", "train_000000.bin"]
+    (first.out / "manifest.json").unlink()
+    (first.out / "train_000000.bin").rename(first.out / "train_000000.bin.part")
+    with pytest.raises(ValueError, match=r"holds train_000000\.bin\.part, which was not made here"):
+        first.run()
+
+
+def test_a_pattern_below_a_hidden_folder_at_an_address(tmp_path: Path) -> None:
+    (tmp_path / ".raw" / ".hidden").mkdir(parents=True)
+    for name in ("a.txt", ".b.txt", ".hidden/c.txt"):
+        (tmp_path / ".raw" / name).write_text(name)
+    for number, pattern in enumerate(("*.txt", "?.txt", "[a].txt", "**")):
+        command = Text(paths=(f"file://{tmp_path}/.raw/{pattern}",), out=tmp_path / str(number), val_fraction=0)
+        assert run_here(command) == ["a.txt"]
+    with pytest.raises(ValueError, match="no file there"):
+        Files(paths=(f"file://{tmp_path}/.raw/*/c.txt",), text_field="text")
+
+
 def test_data_without_a_validation_split_train_without_validation(tmp_path: Path) -> None:
     """Unless another --val-every than the default asks for it, whose error says what to do."""
     data_dir = write_shards(tmp_path / "data", val_tokens=())
@@ -224,11 +254,12 @@ def test_data_without_a_validation_split_train_without_validation(tmp_path: Path
     )  # fmt: skip
     write_manifest(data_dir, told)
     refusal = warm.train(tmp_path / "run", data_dir, "--max-steps", "1", "--val-every", "5", status=2)
-    assert "or leave validation out by --val-every 0" in refusal.stderr
+    mend = f"train without by --val-every 0, or delete {data_dir} and prepare it again, of several documents"
+    assert mend in refusal.stderr
     done = warm.train(tmp_path / "run", data_dir, "--max-steps", "1", "--val-every", "250")
     assert f"{data_dir} has no validation split: training without validation" in done.stdout
     assert checkpoint(tmp_path / "run", 1).exists()
     assert not metrics(tmp_path / "run", "val")
     (data_dir / "manifest.json").unlink()
     refusal = warm.train(tmp_path / "run", data_dir, "--max-steps", "2", "--val-every", "250", status=2)
-    assert "or leave validation out by --val-every 0" in refusal.stderr
+    assert mend in refusal.stderr

@@ -12,7 +12,7 @@ import pytest
 from data_prep_runs import documents, kill_group, manifest, prepare, refused, start, texts_of
 from running import sha256, wait_until
 
-from data_prep.hub import load, write_hellaswag
+from data_prep.hub import opened, rows, write_hellaswag
 
 FLAGS = ("--shard-tokens", 50_000, "--val-tokens", 20_000, "--text-field", "body")
 EXAMPLE = {
@@ -116,4 +116,4 @@ def test_another_data_set_is_not_taken_for_hellaswag(change: dict[str, Any], tmp
     with pytest.raises(ValueError, match="row 1: label"):
         write_hellaswag(str(source), split="validation", revision=None, path=tmp_path / "out.jsonl")
     assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
-    assert len(load(str(source), config=None, split="validation", revision="")) == 2
+    assert len(rows(opened(str(source), config=None, revision=""), str(source), split="validation")) == 2

@@ -64,7 +64,7 @@ def test_a_loading_script_alone_as_a_process(tmp_path: Path) -> None:
 
 def test_a_loading_script_alone_streamed(tmp_path: Path) -> None:
     said = refusal(script_folder(tmp_path / "owt"), streaming=True)
-    assert "python -m data_prep hub OWNER/NAME --revision refs/convert/parquet" in said
+    assert "python -m data_prep hub OWNER/NAME --revision refs/convert/parquet --config C" in said
 
 
 def test_the_parquet_copy_that_is_named_is_read(tmp_path: Path) -> None:
@@ -78,6 +78,14 @@ def test_the_parquet_copy_that_is_named_is_read(tmp_path: Path) -> None:
         assert read(tmp_path, config="plain_text", revision="refs/convert/parquet", streaming=streaming) == [
             ["plain_text train"]
         ]
+    for config in (None, "nosuch"):
+        told = refusal(tmp_path, config=config, revision="refs/convert/parquet")
+        assert "its Parquet copy has other, plain_text: choose one by --config" in told
+
+
+def test_what_save_to_disk_has_written(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    assert "written by save_to_disk; write it by to_parquet" in refusal(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

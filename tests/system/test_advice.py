@@ -113,9 +113,9 @@ def test_a_manifest_that_is_none_deleted_alone(tmp_path: Path) -> None:
 
 
 def test_no_data_at_all(tmp_path: Path) -> None:
-    found = advice(lambda: read(tmp_path / "none"), r"python -m data_prep (demo) --out (\S+)")
+    found = advice(lambda: read(tmp_path / "demo"), r"python -m data_prep (demo) --out (\S+)")
     command(tmp_path, out=Path(found[2])).run()  # the demo, by another text
-    read(tmp_path / "none")
+    read(tmp_path / "demo")
 
 
 @pytest.mark.parametrize(("name", "new"), [("tokens.bin", "train.bin"), ("train_val.bin", "train.bin")])
