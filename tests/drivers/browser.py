@@ -49,7 +49,8 @@ def look(page: Path, widths: Sequence[int], scripts: Sequence[str], *, touch: bo
 
     Of one that is a `Mouse` the mouse does what it gives, on the part of the page that is seen.
     """
-    with tempfile.TemporaryDirectory(prefix="chromium") as profile:
+    # Its processes may outlive the one that is waited for, and still write there.
+    with tempfile.TemporaryDirectory(prefix="chromium", ignore_cleanup_errors=True) as profile:
         command = [str(chromium()), *FLAGS, OFFLINE, f"--user-data-dir={profile}", "about:blank"]
         with open(Path(profile) / "stderr", "wb") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)

@@ -70,7 +70,7 @@ def remove(pattern: str) -> Change:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (shutil.rmtree, ["no data directory at", "prepare it with: python -m data_prep"]),
+        (shutil.rmtree, ["no data directory at", "python -m data_prep --help lists how to prepare it"]),
         (remove("*"), ["no token shards", "python -m data_prep"]),
         (set_header(0, 7), [TRAIN, "magic number 7", "20240520"]),
         (set_header(1, 2), [TRAIN, "version 2"]),

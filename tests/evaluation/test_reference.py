@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -133,7 +134,8 @@ def test_the_preset_for_10_billion_tokens_matches_what_is_published(
 ) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     monkeypatch.setattr(hub, "resolved_revision", lambda *_: "main")
-    monkeypatch.setattr(hub, "load", lambda *_, **__: rows.to_iterable_dataset() if streaming else rows)
+    monkeypatch.setattr(hub, "opened", lambda *_, **__: SimpleNamespace(hash="main"))
+    monkeypatch.setattr(hub, "rows", lambda *_, **__: rows.to_iterable_dataset() if streaming else rows)
     source = FinewebEdu(out=Path("data"), streaming=streaming).source().name
     preset = values_of(ROOT / "launch" / "gpt2_124m_8xa100.toml")
     asked = {name.replace("-", "_"): value for name, value in preset.items()}
