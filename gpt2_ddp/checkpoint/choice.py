@@ -9,6 +9,7 @@ from pathlib import Path
 from gpt2_ddp.checkpoint.files import MANIFEST, Stamp, faults, stamp, step_name
 from gpt2_ddp.system import files as disk
 from gpt2_ddp.system.errors import UserError
+from gpt2_ddp.system.files import read_json
 
 WEIGHTS = "model.safetensors"
 FINISHED = "finished"
@@ -70,9 +71,15 @@ def require_whole_weights(directory: Path) -> None:
     """
     Raises:
         UserError: where the weights in a checkpoint, or in what `eval convert` made, are not those that were written.
-            Other models have no manifest, and pass.
+            Other models have no manifest of ours, and pass.
     """
-    if (directory / MANIFEST).is_file() and (problems := faults(directory, of=WEIGHTS)):
+    try:
+        is_ours = "files" in read_json(directory / MANIFEST)
+    except FileNotFoundError:
+        return
+    except (OSError, UserError):
+        is_ours = True
+    if is_ours and (problems := faults(directory, of=WEIGHTS)):
         raise UserError(
             f"{directory} is broken ({', '.join(problems)}): name another checkpoint; if you changed it yourself, "
             f"remove {MANIFEST} there"
@@ -106,7 +113,7 @@ def prune(directory: Path, keep: int, *, beside: int | None = None, verified: di
             continue
         if len(good) == keep:
             shutil.rmtree(path, ignore_errors=True)  # of what is open on NFS something stays, until the next save
-        elif verified.get(path) != stamp(path) and faults(path):
+        elif (path not in verified or verified[path] != stamp(path)) and faults(path):
             set_aside(path, "broken")
         else:
             good.append(path)

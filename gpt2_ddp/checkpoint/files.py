@@ -37,7 +37,7 @@ def step_name(step: int) -> str:
 
 def stamp(path: Path) -> Stamp:
     """Names, sizes and times of change of a checkpoint's files: one that has the same ones is taken for unchanged."""
-    found = [(file.name, file.stat()) for file in path.iterdir()]
+    found = [(file.name, file.lstat()) for file in path.iterdir()]
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 

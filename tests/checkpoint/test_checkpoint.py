@@ -170,6 +170,7 @@ def test_where_all_are_broken_none_is_touched(tmp_path: Path) -> None:
 def test_pruning_keeps_good_ones_and_counts_no_broken_one(tmp_path: Path) -> None:
     written(tmp_path, 1, 2, 3, 4, 5)
     flip_a_byte(tmp_path / step_name(4) / "model.safetensors")
+    (tmp_path / step_name(5) / "link").symlink_to("nowhere")
     prune(tmp_path, 2)
     assert checkpoints(tmp_path) == [tmp_path / step_name(5), tmp_path / step_name(3)]
     assert faults(tmp_path / step_name(5)) == faults(tmp_path / step_name(3)) == []

@@ -129,5 +129,5 @@ def test_weights_that_changed_are_neither_scored_nor_passed_on_nor_begun_with(
     assert not (tmp_path / "model").exists()
     done = warm.train(tmp_path / "new", data_dir, f"--init-from={out_dir}", status=2)
     assert re.match(f"error: {broken}: name another checkpoint; if you changed it yourself, remove", done.stderr)
-    (checkpoint(out_dir) / "manifest.json").unlink()
+    (checkpoint(out_dir) / "manifest.json").write_text('{"name": "of another program"}')
     scored(checkpoint(out_dir)).run()
