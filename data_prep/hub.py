@@ -83,13 +83,12 @@ def _copied_folder(name: str, config: str | None, split: str, revision: str) -> 
     that is; None for a directory without folders.
 
     Raises:
-        UserError: where several are there and none is named, or another.
+        UserError: where several are there and none is named, or another; and without a network, where the library does
+            not find again what it has in its cache of a folder.
     """
     is_directory = Path(name).is_dir()
     if huggingface_hub.constants.HF_HUB_OFFLINE and not is_directory:
-        if config is None:
-            raise UserError(f"{name}: without a network, name the configuration by --config")
-        return config
+        raise UserError(f"{name}: its Parquet copy is read with a network only, whatever the cache holds of it")
     found = _folders(name, revision, "")
     if is_directory and not found:
         return config

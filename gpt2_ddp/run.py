@@ -54,6 +54,7 @@ class Run:
 
     def close(self) -> None:
         """End the threads and files of the run; a save in flight is finished first, and the others see that we live."""
+        self.watchdog.stand_by()
         self.data.close()
         self.writer.close()
         self.watchdog.dismiss()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -118,8 +117,7 @@ def dropout_seed(run: Run, step: int, micro_step: int) -> int:
 def go_back(run: Run, result: StepResult) -> None:
     """Take up the last checkpoint again and pass over the data consumed since; every rank sees the same loss."""
     state, spike_step, loss = run.state, run.state.step + 1, float(result.loss)
-    while run.context.any(run.writer.busy()):  # which may take longer than --timeout
-        time.sleep(0.1)
+    while run.context.any(run.writer.is_busy(0.1)):  # for longer than --timeout, it may be
         run.context.note_progress()
     report_saves(run)
     guard_at_spike = state.guard.state_dict()

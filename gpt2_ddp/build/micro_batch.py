@@ -121,7 +121,8 @@ def choose_micro_batch(
     if context.device.type == "cuda":
         make_trial = partial(Trial, config, precision, context, rule, beside=beside, **way)
         trial = context.run_on_all(make_trial)  # a GPU may be held by another process
-        smaller = [candidate for candidate in reversed(candidates) if candidate <= max(1, size)]
+        most = size or (candidates[-1] if reproducible else 1)  # of which the smallest holds the most sums
+        smaller = [candidate for candidate in reversed(candidates) if candidate <= most]
         size = first_running(smaller, trial.runs, context)
     if not size:
         raise UserError("not one sequence fits in memory: try --activation-checkpointing, or a smaller --model")

@@ -25,10 +25,12 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
     """Open the log, the data and the writer, and put the run together. Collective.
 
     Raises:
+        UserError: where the tokenizer of the data is not there, on every rank.
         OSError: where the disk refuses the log, on every rank.
     """
     config, state = settled.config, made.state
-    log = context.run_on_all(lambda: open_log(settled, made, context))
+    tokenizer = context.run_on_all(lambda: saved_tokenizer(config.data_dir) if context.is_main else None)
+    log = context.run_on_all(lambda: open_log(settled, made, context))  # last of what may be refused
     return Run(
         config=config,
         context=context,
@@ -52,7 +54,7 @@ def open_run(settled: Settled, made: Made, context: DistContext, stop: StopReque
         stop=stop,
         watchdog=Watchdog(context, config.timeout, asked=stop.asked, note_end=stop.end),
         state=state,
-        tokenizer=context.run_on_all(lambda: saved_tokenizer(config.data_dir) if context.is_main else None),
+        tokenizer=tokenizer,
     )
 
 

@@ -78,9 +78,9 @@ class CheckpointWriter:
             return SaveReport(step=step, seconds=seconds, blocked_seconds=blocked, bytes=0, error=str(error))
         return SaveReport(step=step, seconds=time.perf_counter() - start, blocked_seconds=blocked, bytes=size)
 
-    def busy(self) -> bool:
-        """Whether a save has not ended yet."""
-        return not all(save.done() for save in self._saves)
+    def is_busy(self, seconds: float) -> bool:
+        """Whether a save has not ended in so many seconds from now."""
+        return bool(wait(self._saves, seconds).not_done)
 
     def reports(self, *, wait: bool = False) -> list[SaveReport]:
         """The saves that ended since the last call; with `wait` all that were started."""

@@ -70,7 +70,7 @@ class Watchdog(threading.Thread):
         self._context, self._timeout = context, timeout
         self._asked, self._note_end = asked, note_end
         self._ticks = 0
-        self._ended = threading.Event()
+        self._ended, self._standing_by = threading.Event(), False
 
     def watch(self) -> None:
         """Begin, unless that has been done or there is nobody to watch."""
@@ -88,11 +88,11 @@ class Watchdog(threading.Thread):
                 self._publish()
                 look = self._look()
             except RuntimeError:  # torchrun, which has the store, is ending or has died: the next round will tell
-                if self._asked() and time.monotonic() > heard + ASKED_SECONDS:
+                if not self._standing_by and self._asked() and time.monotonic() > heard + ASKED_SECONDS:
                     self._leave("the node that keeps the ranks' store does not answer")
                 continue
             heard = time.monotonic()
-            if look is None:
+            if look is None or self._standing_by:
                 continue
             recent.append(look)
             if beats != [told["beats"] for told in recent[-1]]:
@@ -147,6 +147,10 @@ class Watchdog(threading.Thread):
                 with suppress(ProcessLookupError):
                     os.kill(told["pid"], signal.SIGKILL)
         os._exit(1)
+
+    def stand_by(self) -> None:
+        """From now on only show the others that this rank lives: it waits for none of them."""
+        self._standing_by = True
 
     def dismiss(self) -> None:
         """End: from now on no rank waits for another."""

@@ -168,10 +168,13 @@ def cut_metrics(path: Path, last_step: int) -> None:
     """
     there = path.read_bytes() if path.exists() else b""
     kept = lines_until(last_step, there)
-    if not there.startswith(kept):
-        replace_file(path, kept)
-    elif there != kept:
-        os.truncate(path, len(kept))
+    if there == kept:
+        return
+    if there.startswith(kept):
+        with contextlib.suppress(OSError):  # of a file system that cannot
+            os.truncate(path, len(kept))
+            return
+    replace_file(path, kept)
 
 
 def lines_until(last_step: int, lines: bytes) -> bytes:

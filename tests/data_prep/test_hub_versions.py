@@ -233,5 +233,5 @@ def test_a_parquet_copy_of_the_first_part_alone_says_so(
     assert run_here(replace(command, out=tmp_path / "test", split="test")) == ["c"]
     assert "first part" not in capsys.readouterr().out
     offline(monkeypatch)
-    with pytest.raises(UserError, match="without a network, name the configuration by --config"):
+    with pytest.raises(UserError, match="its Parquet copy is read with a network only"):
         replace(command, out=tmp_path / "offline").run()

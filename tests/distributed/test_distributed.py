@@ -6,19 +6,21 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.distributed as dist
 from drivers import warm
-from running import ROOT, SMALL, train_command
+from running import ROOT, SMALL, train_command, wait_until
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt2_ddp.data.order import permute
 from gpt2_ddp.distributed import context
-from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.context import Pulse, open_context
 from gpt2_ddp.distributed.rendezvous import Place
+from gpt2_ddp.distributed.watchdog import Watchdog
 from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.model.gpt import GPT, model_config
 from gpt2_ddp.system.hardware import choose_device
@@ -110,7 +112,7 @@ import sys
 from contextlib import suppress
 import torch
 import torch.distributed as dist
-from gpt2_ddp.distributed.context import open_context
+from gpt2_ddp.distributed.context import Pulse, open_context
 from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.distributed.watchdog import Watchdog
 
@@ -208,6 +210,35 @@ def test_a_single_process_needs_no_group() -> None:
         assert wrap(linear, context) is linear
         with pytest.raises(ValueError, match="mine"):
             context.run_on_all(lambda: (_ for _ in ()).throw(ValueError("mine")))
+
+
+class Store(dict[str, str]):
+    """The ranks' store, as far as a watchdog looks at it."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return self.keys() >= set(keys)
+
+
+@pytest.mark.parametrize("standing_by", [False, True])
+def test_a_rank_that_finishes_a_save_at_its_end_shows_that_it_lives_and_waits_for_nobody(
+    standing_by: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has left."""
+    store = Store({"watchdog/1": json.dumps({"beats": 3, "ticks": 9, "host": "other", "pid": 1})})
+    two = MagicMock(rank=0, world_size=2, store=store, pulse=Pulse())
+    left: list[str] = []
+    monkeypatch.setattr(Watchdog, "_leave", lambda _, why, **__: left.append(why))
+    dog = Watchdog(two, 0.3, asked=lambda: True)
+    if standing_by:
+        dog.stand_by()
+    dog.watch()
+    wait_until(lambda: left or json.loads(store["watchdog/0"])["ticks"] > 40)
+    dog.dismiss()
+    dog.join()
+    assert bool(left) != standing_by
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
