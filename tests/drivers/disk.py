@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,10 +36,11 @@ class Disk:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within it every operation of this process counts."""
+        """Within it every operation of this thread counts; training goes on in another, and flushes its log."""
+        thread = threading.get_ident()
         originals = {name: getattr(os, name) for name in OPERATIONS}
         for name, original in originals.items():
-            setattr(os, name, self._counted(name, original))
+            setattr(os, name, self._counted(name, original, thread))
         checkpoint.open = lambda path, mode: CountedFile(self, path, mode)
         try:
             yield
@@ -47,8 +49,10 @@ class Disk:
             for name, original in originals.items():
                 setattr(os, name, original)
 
-    def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, name: str, original: Callable[..., Any], thread: int) -> Callable[..., Any]:
         def operation(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
             file = f"/proc/self/fd/{args[0]}" if isinstance(args[0], int) else str(args[0])
             self.count(f"{name} {Path(os.path.realpath(file)).name}")
             return original(*args, **kwargs)
