@@ -80,7 +80,7 @@ def hub_source(
 
 def _copied_folder(name: str, config: str | None, split: str, revision: str) -> str | None:
     """The folder of `config`, or of the only configuration, in the hub's Parquet copy of a data set, or a directory as
-    that is; None for a directory without folders.
+    that is; `config` for a directory without folders.
 
     Raises:
         UserError: where several are there and none is named, or another; and without a network, where the library does

@@ -16,6 +16,7 @@ from gpt2_ddp.data.loader import ValidationData
 from gpt2_ddp.data.mixture import find_validation, share_validation
 from gpt2_ddp.data.sources import METAVAR, DataDir, shown
 from gpt2_ddp.data.tokenizer import require_same_tokenizer
+from gpt2_ddp.distributed.context import DistContext
 from gpt2_ddp.evaluation.validation import event_values, find_byte_counts, loss_by_source
 from gpt2_ddp.model.gpt import GPTConfig
 from gpt2_ddp.model.head import LARGE_MEMORY, head_rows_for
@@ -66,7 +67,7 @@ class ValLoss(ModelChoice):
             vocab_size = opened.gpt.config.vocab_size
             known = context.run_on_all(lambda: require_same_tokenizer(opened.path, self.data_dir, rows=vocab_size))
             if not known:
-                context.run_on_all(lambda: require_ids(parts, vocab_size))
+                context.run_on_all(lambda: require_ids(parts, vocab_size, context))
             byte_counts, said = context.run_on_main(
                 lambda: find_byte_counts(self.data_dir, vocab_size) if known else (None, [UNKNOWN_TOKENIZER])
             )
@@ -87,13 +88,13 @@ class ValLoss(ModelChoice):
             opened.write_json(self.json, values)
 
 
-def require_ids(parts: Mapping[str, ValidationData], rows: int) -> None:
+def require_ids(parts: Mapping[str, ValidationData], rows: int, context: DistContext) -> None:
     """
     Raises:
-        UserError: where a source has an id that is past the model's `rows` token embeddings.
+        UserError: where this rank's share of a source has an id past the model's `rows` token embeddings.
     """
     for name, part in parts.items():
-        for inputs, targets in part.batches(rank=0, world_size=1):
+        for inputs, targets in part.batches(rank=context.rank, world_size=context.world_size):
             if (largest := int(torch.maximum(inputs.max(), targets.max()))) >= rows:
                 raise UserError(
                     f"{name} has the token id {largest}, and the model {rows} token embeddings: prepare the text with "

@@ -117,7 +117,7 @@ def dropout_seed(run: Run, step: int, micro_step: int) -> int:
 def go_back(run: Run, result: StepResult) -> None:
     """Take up the last checkpoint again and pass over the data consumed since; every rank sees the same loss."""
     state, spike_step, loss = run.state, run.state.step + 1, float(result.loss)
-    while run.context.any(run.writer.is_busy(0.1)):  # for longer than --timeout, it may be
+    while run.context.any(run.writer.is_busy(0.1)):  # it may be for longer than --timeout
         run.context.note_progress()
     report_saves(run)
     guard_at_spike = state.guard.state_dict()

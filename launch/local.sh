@@ -77,5 +77,6 @@ train longer  ${places}bash launch/local.sh --max-steps 2000
 your own text $python -m data_prep text notes.txt --out data/mine
               $python -m launch -- --model gpt2-mini --data-dir data/mine --out-dir runs/mine
 GPT-2 124M    $python -m data_prep shakespeare --out data/shakespeare
-              $python -m launch -- --config launch/gpt2_124m_t4.toml; others, and slurm.sbatch, are beside it
+              $python -m launch -- --config launch/gpt2_124m_t4.toml --max-steps 1000 --warmup-steps 100
+              other presets, and slurm.sbatch, are beside it
 END

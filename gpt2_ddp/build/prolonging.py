@@ -31,7 +31,7 @@ def branch_to_prolong(config: TrainConfig, state: Mapping[str, Any], directory: 
 
 
 def put_aside(out_dir: Path, found: Found) -> None:
-    """Set aside what `found` says, as the last thing before the run begins: one that is refused changes nothing good.
+    """Set aside the checkpoints that `found` says, when nothing can refuse the start any more.
 
     Of a run that is prolonged from before its end, the log is kept as well.
     """

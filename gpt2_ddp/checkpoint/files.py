@@ -44,7 +44,7 @@ def stamp(path: Path) -> Stamp:
 def write_checkpoint(path: Path, files: Mapping[str, Content], stamps: dict[Path, Stamp] | None = None) -> int:
     """Write the checkpoint `path` and return its size in bytes; it appears under that name only when it is whole.
 
-    Into `stamps` goes the one that it has while it has no name.
+    Into `stamps` goes its own, taken before it has its name: whatever is done to it later shows.
 
     Raises:
         OSError: where the disk refuses; what was written aside is taken away again.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import transformers
 from drivers import warm
-from running import describe, write_shards
+from running import checkpoint, describe, tree, write_shards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -61,15 +61,32 @@ def test_gpt2_of_another_language_is_not_gpt2(tmp_path: Path, rows: int) -> None
     assert tokenizer_of_model(tmp_path).encode_ordinary("hello") == [vocabulary["hello"]]
 
 
+def data_of_words(folder: Path) -> Path:
+    """Shards of a tokenizer of its own, which has 501 ids."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(500)} | {"</s>": 500}, unk_token="w0"))
+    contents = words.to_str().encode()
+    data = describe(write_shards(folder), tokenizer=digest_name(contents), vocabulary=Vocabulary(size=501, eot=500))
+    (data / "tokenizer.json").write_bytes(contents)
+    return data
+
+
+def test_a_start_without_the_datas_tokenizer_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    """Also one that was to go on from an earlier checkpoint."""
+    data, out_dir = data_of_words(tmp_path / "data"), tmp_path / "run"
+    flags = ("--max-steps=4", "--checkpoint-every=2")
+    warm.train(out_dir, data, *flags)
+    (data / "tokenizer.json").unlink()
+    before = tree(out_dir)
+    done = warm.train(out_dir, data, *flags, f"--resume={checkpoint(out_dir, 2)}", status=2)
+    assert f"no tokenizer at {data / 'tokenizer.json'}" in done.stderr
+    assert tree(out_dir) == before
+
+
 def test_a_model_with_few_rows_and_no_tokenizer_is_not_read_with_gpt2s(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its loss on data whose own tokenizer has as many ids needs none."""
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(500)} | {"</s>": 500}, unk_token="w0"))
-    contents = words.to_str().encode()
-    ids = Vocabulary(size=501, eot=500)
-    data = describe(write_shards(tmp_path / "data"), tokenizer=digest_name(contents), vocabulary=ids)
-    (data / "tokenizer.json").write_bytes(contents)
+    data = data_of_words(tmp_path / "data")
     warm.train(tmp_path / "run", data, "--max-steps=1")
     bare = tmp_path / "bare"
     Convert(source=str(tmp_path / "run"), target=bare).run()

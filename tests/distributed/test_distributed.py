@@ -23,6 +23,7 @@ from gpt2_ddp.distributed.rendezvous import Place
 from gpt2_ddp.distributed.watchdog import Watchdog
 from gpt2_ddp.distributed.wrapping import wrap
 from gpt2_ddp.model.gpt import GPT, model_config
+from gpt2_ddp.run import Run
 from gpt2_ddp.system.hardware import choose_device
 
 
@@ -227,6 +228,10 @@ def test_a_rank_that_finishes_a_save_at_its_end_shows_that_it_lives_and_waits_fo
     standing_by: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one has left."""
+    run = MagicMock()
+    Run.close(run)
+    calls = [name for name, *_ in run.mock_calls]
+    assert calls.index("watchdog.stand_by") < calls.index("writer.close") < calls.index("watchdog.dismiss")
     store = Store({"watchdog/1": json.dumps({"beats": 3, "ticks": 9, "host": "other", "pid": 1})})
     two = MagicMock(rank=0, world_size=2, store=store, pulse=Pulse())
     left: list[str] = []

@@ -10,10 +10,12 @@ import socket
 import time
 from datetime import datetime
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
 
+from gpt2_ddp.data.plan import BatchPlan
 from gpt2_ddp.metrics.log import (
     FileLog,
     NullLog,
@@ -21,6 +23,7 @@ from gpt2_ddp.metrics.log import (
     cut_metrics,
     memory_mb,
 )
+from gpt2_ddp.periodic import save
 
 TRAIN_FIELDS = [
     "event", "step", "loss", "lr", "grad_norm", "step_ms", "data_wait_ms", "tokens_per_sec", "mfu", "tokens_seen",
@@ -94,6 +97,22 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
     found = [(entry["event"], entry["step"]) for entry in lines(tmp_path)]
     expected = [("start", 0), *(("train", step) for step in range(1, 5)), ("val", 4), ("train", 5), ("start", 5)]
     assert found == [*expected, *(("train", step) for step in range(6, 11))]
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_that_goes_on_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MagicMock(plan=BatchPlan(micro_batch_size=1, sequence_length=8, total_batch_size=8))
+    save(run)
+    calls = [name for name, *_ in run.mock_calls]
+    assert calls.index("log.flush") < calls.index("writer.save")
+    log, flushed = FileLog(tmp_path, resumed_step=0), list[int]()
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    log.flush()
+    assert os.path.samestat(os.fstat(flushed[0]), (tmp_path / "metrics.jsonl").stat())
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EINVAL, "not supported")))
+    log.flush()
+    log.close()
 
 
 def test_going_back_takes_no_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
