@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from gpt2_ddp.build.micro_batch import (
     largest_fitting,
     micro_batches,
     require_fit,
+    settle_micro_batch,
 )
 from gpt2_ddp.config import TrainConfig
 from gpt2_ddp.data.plan import BatchPlan
@@ -69,6 +71,38 @@ def test_the_largest_that_fits_is_a_power_of_two_that_divides(monkeypatch: pytes
     assert chosen(8, 64, sums=3, reproducible=True) == 8
     with pytest.raises(ValueError, match="not one sequence fits"):
         chosen(8, 64, beyond=-2, sums=3, reproducible=True)
+
+
+def test_where_no_micro_batch_is_reckoned_to_fit_a_trial_may_find_one_with_fewer_sums(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of `--reproducible`, where the smallest holds the most; without it nothing smaller than one is left to try."""
+    tried: list[int] = []
+    trial = MagicMock()
+    trial.return_value.runs = lambda size: tried.append(size) or size == 4
+    monkeypatch.setattr("gpt2_ddp.build.micro_batch.Trial", trial)
+    monkeypatch.setattr("gpt2_ddp.build.micro_batch.find_memory", lambda _: (0, 0))
+    gpu, precision = DistContext(device=torch.device("cuda")), Precision.of(torch.float32, torch.device("cpu"))
+    sizes: dict[str, Any] = {"sequences_per_step": 16, "sequence_length": 8}
+    assert choose_micro_batch(WIDE, precision, gpu, ADAMW, **sizes, reproducible=True) == 4
+    assert tried == [16, 8, 4]
+    tried.clear()
+    with pytest.raises(ValueError, match="not one sequence fits"):
+        choose_micro_batch(WIDE, precision, gpu, ADAMW, **sizes)
+    assert tried == [1]
+
+
+def test_the_search_knows_of_the_flags_that_take_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known: list[dict[str, Any]] = []
+    monkeypatch.setattr("gpt2_ddp.build.micro_batch.choose_micro_batch", lambda *_, **how: known.append(how) or 2)
+    precision = Precision.of(torch.float32, torch.device("cpu"))
+    for given in (False, True):
+        config = TrainConfig(
+            out_dir=tmp_path, micro_batch_size="auto", reproducible=given, activation_checkpointing=given
+        )
+        assert settle_micro_batch(config, DistContext(), precision, compiled=given).micro_batch_size == 2
+        flags = {name: known[-1][name] for name in ("reproducible", "activation_checkpointing", "compiled")}
+        assert flags == dict.fromkeys(flags, given)
 
 
 FAKE_SHORTAGE = """

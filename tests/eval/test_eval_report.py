@@ -142,10 +142,11 @@ def test_the_kept_log_of_a_prolonged_run_is_not_told_the_state_of_the_new_one(tm
     (run_dir / "checkpoints" / "step_00000030").mkdir(parents=True)
     record = read_record(0, "odd \udcff", kept)
     assert (record.status, [each.step for each in record.checkpoints], len(record.starts)) == ({}, [10], 1)
-    config = json.loads((run_dir / "config.json").read_text())
-    config["starts"][0]["argv"] = ["gpt2_ddp.train", "--seed=\udcff"]
-    (run_dir / "config.json").write_text(json.dumps(config))
-    assert "20" in words(page(tmp_path, kept, written(tmp_path / "other")))
+    other = written(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["starts"][-1]["argv"] = ["gpt2_ddp.train", "--data-dir=\udcff"]
+    (other / "config.json").write_text(json.dumps(config))
+    assert "--data-dir=?" in words(page(tmp_path, kept, other))
 
 
 def test_several_runs_lie_over_each_other_with_what_differs(tmp_path: Path) -> None:
